@@ -1,0 +1,60 @@
+# The entry points of the project; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export RAYPLANE_HOME ?= $(HOME)/.cache/rayplane
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Colours and unbuffered lines also where the output is a pipe: long steps report as they go.
+export PYTHONUNBUFFERED := 1
+
+INVENTORY ?= inventories/local
+ARGS ?=
+
+.PHONY: help bootstrap deploy plan verify destroy local-down test lint unit format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  INVENTORY=inventories/prod chooses another environment (default: $(INVENTORY))."
+	@echo "  ARGS='--tags rayservice' adds arguments to ansible-playbook."
+
+bootstrap: ## Install Ansible and the tools into .venv
+	@tools/bootstrap.sh
+
+deploy: bootstrap ## Deploy an environment, from nothing to a model that answers
+	@ansible-playbook playbooks/deploy.yml -i $(INVENTORY) $(ARGS)
+
+plan: bootstrap ## Show what deploy would change
+	@ansible-playbook playbooks/deploy.yml -i $(INVENTORY) --check --diff $(ARGS)
+
+verify: bootstrap ## Ask the deployed models and print how to reach them
+	@ansible-playbook playbooks/verify.yml -i $(INVENTORY) $(ARGS)
+
+destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
+	@ansible-playbook playbooks/destroy.yml -i $(INVENTORY) $(ARGS)
+
+local-down: bootstrap ## Stop the local platform and leave the machine as it was (caches stay)
+	@ansible-playbook playbooks/local_down.yml -i inventories/local $(ARGS)
+
+test: lint ## Run every test, on the real local platform too
+	@pytest $(ARGS)
+
+lint: bootstrap ## Lint Ansible, YAML, Python and shell
+	@echo "==> ruff";         ruff check . && ruff format --check .
+	@echo "==> mypy";         mypy
+	@echo "==> shellcheck";   shellcheck tools/*.sh .ci/run
+	@echo "==> yamllint";     yamllint --strict .
+	@echo "==> ansible-lint"; ansible-lint --offline
+
+unit: bootstrap ## Run the unit tests only
+	@pytest tests/unit $(ARGS)
+
+format: bootstrap ## Format the Python code
+	@ruff check --fix . && ruff format .
+
+clean: ## Remove the caches too (after local-down)
+	@if [ -e "$(RAYPLANE_HOME)/state" ]; then echo "error: the local platform is still there; run make local-down first" >&2; exit 1; fi
+	rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache
+	if [ -d "$(RAYPLANE_HOME)/go/mod" ]; then chmod -R u+w "$(RAYPLANE_HOME)/go/mod"; fi
+	rm -rf "$(RAYPLANE_HOME)"
