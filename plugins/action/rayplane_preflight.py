@@ -1,0 +1,282 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Check everything that can be checked before a cluster is touched, and report every problem in one pass.
+
+An action plugin, because only the controller sees all variables of a host, also those no role reads.
+It changes nothing, so it runs the same way in check mode.
+
+Arguments of the task:
+
+``scope``           ``declared`` (inventory, controller), ``live`` (credentials, kubeconfig, cluster), or ``all``
+``project``         the project's folder: roles/, group_vars/, pyproject.toml
+``shared_options``  argument spec of the variables that belong to no role (``platform_*``)
+
+Result: ``problem_count``, ``warning_count``; with -v or ``register`` also ``problems`` and ``preflight_warnings``,
+lists of ``{variable, value, reason, cure, where}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+from ansible import constants
+from ansible.errors import AnsibleError
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.plugins.action import ActionBase
+
+# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
+_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
+if _SHARED_CODE not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_SHARED_CODE)
+
+from ansible.module_utils import rayplane_preflight_environment as environment
+from ansible.module_utils import rayplane_preflight_live as live
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
+from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
+from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
+
+try:
+    # Where a value was read from; Ansible tags every value with it, and has no public name for the tag yet.
+    from ansible._internal._datatag._tags import Origin
+except ImportError:
+    Origin = None
+
+SCOPES = ("declared", "live", "all")
+
+#: Roles of one platform only; every other role serves all of them.
+PLATFORM_ROLES = {"network": "aws", "storage": "aws", "eks": "aws", "gke": "gcp", "aks": "azure"}
+#: Roles that only hosts of a group use.
+GROUP_ROLES = {"local_platform": "embedded"}
+#: Facts that roles hand to each other, under their own prefix.
+FACTS = (
+    *("eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
+    *("network_security_group_id", "network_vpc_id"),
+)
+
+
+class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+    """Validate one cluster's variables and surroundings."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Collect the problems, show them, fail once."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        variables = task_vars or {}
+        _validation, args = self.validate_argument_spec(
+            {
+                "scope": {"type": "str", "choices": SCOPES, "default": "all"},
+                "project": {"type": "path", "required": True},
+                "shared_options": {"type": "dict", "default": {}},
+            }
+        )
+        host = str(variables["inventory_hostname"])
+        project = Path(args["project"]).resolve()
+        cluster = _Cluster(self, variables, project, args["shared_options"])
+
+        found: list[Problem] = []
+        if args["scope"] in ("declared", "all"):
+            if host == variables.get("ansible_play_hosts_all", [host])[0]:
+                found.extend(_controller(project, self._loader))
+            found.extend(cluster.declared())
+        if args["scope"] in ("live", "all"):
+            # What is wrong as declared is asked of nobody, and told once.
+            wrong = {problem.variable for problem in found if not problem.warning}
+            found.extend(problem for problem in cluster.live(ask_cluster=not wrong) if problem.variable not in wrong)
+        placed = [problem if problem.where else problem.at(cluster.where(problem.variable)) for problem in found]
+        return self._report(result, host, placed)
+
+    def _report(self, result: dict[str, Any], host: str, found: list[Problem]) -> dict[str, Any]:
+        problems = [problem for problem in found if not problem.warning]
+        warnings = [problem for problem in found if problem.warning]
+        for entries, color, is_warning in (
+            (warnings, constants.COLOR_WARN, True),
+            (problems, constants.COLOR_ERROR, False),
+        ):
+            if entries:
+                self._display.display("\n" + render(entries, host, is_warning), color=color)
+        result.update(changed=False, problem_count=len(problems), warning_count=len(warnings))
+        if self._task.register or self._display.verbosity:
+            result["problems"] = [problem.as_dict() for problem in problems]
+            result["preflight_warnings"] = [problem.as_dict() for problem in warnings]
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            result.update(
+                failed=True, msg=f"Preflight found {count} in cluster {host}, listed above. Nothing has been changed."
+            )
+        else:
+            result["msg"] = f"Preflight found no problem in cluster {host}."
+        return result
+
+
+def _controller(project: Path, loader: Any) -> Iterator[Problem]:
+    """Python, ansible-core, packages and collections: the same for every cluster, so the first one reports them."""
+    metadata = environment.project_metadata(project)
+    yield from environment.check_python(metadata)
+    yield from environment.check_packages(metadata)
+    requirements = project / "collections" / "requirements.yml"
+    if requirements.is_file():
+        wanted = loader.load_from_file(str(requirements)) or {}
+        yield from environment.check_collections(wanted.get("collections", []), environment.collection_version)
+
+
+class _Cluster:
+    """The variables of one host, its roles' defaults beneath them, and what their specs say."""
+
+    def __init__(
+        self, action: ActionModule, variables: Mapping[str, Any], project: Path, shared: Mapping[str, Any]
+    ) -> None:
+        self._variables = variables
+        self._project = project
+        self._shared = shared
+        self._roles: list[str] = []
+        self._options: dict[str, dict[str, Any]] = {}
+        self._known: set[str] = {"platform", *shared, *FACTS}
+        defaults: dict[str, Any] = {}
+        for folder in sorted((project / "roles").glob("*/")):
+            options, names, values = _read_role(folder, action._loader)
+            if names:
+                self._roles.append(folder.name)
+            self._options[folder.name] = options
+            self._known |= names
+            defaults.update(values)
+        for file in sorted((project / "group_vars").glob("*.yml")):
+            self._known |= set(action._loader.load_from_file(str(file)) or {})
+        # Another role's defaults are no variables of this play, and templates of the inventory may name them.
+        self._raw: dict[str, Any] = {**defaults, **variables}
+        self._templar = action._templar.copy_with_new_env(available_variables=self._raw)
+        self._values: dict[str, Any] = {}
+        self._broken: dict[str, Problem] = {}
+        for name in sorted(self._known):
+            if name in self._raw:
+                self._resolve(name)
+
+    def _resolve(self, name: str) -> None:
+        try:
+            self._values[name] = _plain(self._templar.template(self._raw[name]))
+        except AnsibleError as error:
+            # A default fails because of a variable that is reported by itself, or waits for a fact of another role.
+            text = " ".join(str(error).split())
+            # Names of a role's own, set while it runs.
+            if name in self._variables and "'__" not in text:
+                self._broken[name] = Problem(
+                    name, str(self._raw[name]), f"it cannot be resolved: {text}", self._cure(text)
+                )
+
+    def _cure(self, text: str) -> str:
+        """For an undefined name: the known name most like it."""
+        quoted = [part for part in text.split("'")[1::2] if f"'{part}' is undefined" in text]
+        guess = nearest(quoted[-1], self._known) if quoted else None
+        return f"did you mean {guess}?" if guess else "correct the expression, or define what it names"
+
+    def declared(self) -> Iterator[Problem]:
+        """What stands in the inventory: names, values, and how they fit together."""
+        yield from check_unknown(self._variables, self._known, self._roles, self._variables)
+        yield from self._broken.values()
+        by_rules = list(check_declared(self._values))
+        reported = {problem.variable for problem in by_rules}
+        for options in self._applicable():
+            yield from (problem for problem in self._against(options) if problem.variable not in reported)
+        yield from by_rules
+
+    def live(self, ask_cluster: bool) -> Iterator[Problem]:
+        """What only the outside can tell. A cluster is asked only through a kubeconfig that is sound."""
+        platform, values = self._values.get("platform"), self._values
+        yield from environment.check_tools(required_tools(values))
+        settings = values.get("platform_module_environment") or {}
+        path, context = _text(values.get("platform_kubeconfig")), _text(values.get("platform_kube_context"))
+        if platform == "aws":
+            yield from live.check_aws(
+                settings,
+                _text(values.get("platform_aws_profile")),
+                _text(values.get("platform_region")),
+                _text(values.get("platform_aws_endpoint_url")),
+            )
+        given = platform == "existing" or values.get("kubeconfig_source") == "given"
+        problems = list(live.check_kubeconfig(path, context, required=given))
+        yield from problems
+        # A kubeconfig that the deployment itself writes may be another cluster's until then.
+        if given and not problems and ask_cluster:
+            yield from live.check_cluster(path, context)
+        yield from live.check_model_folders(values.get("rayservice_models"))
+
+    def where(self, variable: str) -> str:
+        """File and line of a variable, as near as its tags tell."""
+        if Origin is None:
+            return ""
+        root, *rest = split_path(variable) or [""]
+        if root not in self._raw:
+            return ""
+        # A value filled in from another variable knows that variable's place; one that was computed knows none.
+        places = [Origin.get_tag(key) for key in self._raw if key == root]
+        for values in (self._raw, self._values):
+            value: Any = values.get(root, ABSENT)
+            places.append(Origin.get_tag(value))
+            for part in rest:
+                value = step(value, part)
+                places.append(Origin.get_tag(value) if value is not ABSENT else None)
+        origin = next((place for place in reversed(places) if place is not None), None)
+        if origin is None:
+            return ""
+        if not origin.path:
+            return "command line" if "-e" in str(origin) else str(origin)
+        path = Path(origin.path)
+        short = path.relative_to(self._project) if path.is_relative_to(self._project) else path
+        return f"{short}:{origin.line_num}" if origin.line_num else str(short)
+
+    def _applicable(self) -> Iterator[Mapping[str, Any]]:
+        """Specs of the roles that this cluster uses, and of the shared variables."""
+        yield self._shared
+        platform, groups = self._values.get("platform"), self._variables.get("group_names", ())
+        for role, options in self._options.items():
+            if PLATFORM_ROLES.get(role, platform) == platform and (
+                role not in GROUP_ROLES or GROUP_ROLES[role] in groups
+            ):
+                yield options
+
+    def _against(self, options: Mapping[str, Any]) -> Iterator[Problem]:
+        resolved = {name: option for name, option in options.items() if name in self._values or name not in self._raw}
+        values = {name: self._values[name] for name in resolved if name in self._values}
+        problems = list(check_options(values, resolved))
+        yield from problems
+        if not problems:
+            # What the spec says beyond types and choices: keys that exclude or need each other.
+            checked = ArgumentSpecValidator(resolved).validate(values, validate_role_argument_spec=True)
+            for message in checked.error_messages:
+                yield Problem(_named_in(message, values), ABSENT, message, "see the role's README")
+
+
+def _named_in(message: str, names: Collection[str]) -> str:
+    return next((name for name in sorted(names, key=len, reverse=True) if name in message), "argument spec")
+
+
+def _read_role(folder: Path, loader: Any) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
+    """Options of a role's main entry point, every name the role knows, and its defaults."""
+    specs = _load(folder / "meta" / "argument_specs.yml", loader).get("argument_specs") or {}
+    defaults = _load(folder / "defaults" / "main.yml", loader)
+    entries = {entry: (spec or {}).get("options") or {} for entry, spec in specs.items()}
+    names = set(defaults).union(*entries.values())
+    return dict(entries.get("main", {})), names, defaults
+
+
+def _load(file: Path, loader: Any) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    return loader.load_from_file(str(file), trusted_as_template=True) or {}
+
+
+def _plain(value: Any) -> Any:
+    """Containers of Ansible's own as plain ones; scalars keep their tags."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,377 @@
+"""A small Kubernetes API client: kubeconfig in, JSON over HTTPS out.
+
+The generated ``kubernetes`` package takes two to three seconds to import, which every module call would pay. The few verbs that the
+roles need (get, list, server-side apply, merge patch, delete, logs) take none of its models, so they are spoken directly here.
+
+Connection settings are read like kubernetes.core reads them: ``K8S_AUTH_HOST`` with ``K8S_AUTH_API_KEY`` (an AWX credential),
+``K8S_AUTH_KUBECONFIG`` and ``K8S_AUTH_CONTEXT``, ``KUBECONFIG``, ``~/.kube/config``, and a pod's own service account, in this order.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import urllib3
+import yaml
+
+Json = dict[str, Any]
+
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+_METADATA_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class KubeError(Exception):
+    """The cluster cannot be reached, or its configuration cannot be read."""
+
+
+class ApiError(KubeError):
+    """The API server refused a request. ``status`` is the HTTP status, ``body`` the server's Status object."""
+
+    def __init__(self, method: str, path: str, status: int, body: Json) -> None:
+        self.status = status
+        self.body = body
+        self.reason = str(body.get("reason", ""))
+        super().__init__(f"{method} {path}: {status} {body.get('message') or self.reason or 'no message'}")
+
+
+def load_yaml(text: str) -> list[Json]:
+    """All documents of a YAML text, empty ones left out."""
+    return [document for document in yaml.load_all(text, Loader=_METADATA_LOADER) if document]
+
+
+@dataclass
+class Connection:
+    """Where the API server is and how to prove who we are."""
+
+    server: str
+    ca_file: str | None = None
+    verify: bool = True
+    server_name: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    namespace: str = "default"
+    proxy_url: str | None = None
+
+
+def _temp(content: bytes) -> str:
+    """Write ``content`` to a private file that lives as long as the process (ssl reads certificates from files only)."""
+    handle = tempfile.NamedTemporaryFile(prefix="rayplane-kube-", delete=False)  # noqa: SIM115
+    with handle:
+        handle.write(content)
+    _TEMPORARY.append(handle.name)
+    return handle.name
+
+
+_TEMPORARY: list[str] = []
+
+
+def forget_temporary() -> None:
+    """Remove the certificate files that this process wrote."""
+    while _TEMPORARY:
+        try:
+            os.unlink(_TEMPORARY.pop())
+        except OSError:
+            pass
+
+
+def _read_kubeconfigs(paths: str) -> tuple[Json, str]:
+    """Merge the files of a colon-separated list as kubectl does: the first mention of a name wins.
+
+    Returns the merged configuration and the folder that relative paths in it refer to (that of the first file read).
+    """
+    merged: Json = {"clusters": [], "users": [], "contexts": [], "current-context": ""}
+    base = ""
+    problems = []
+    for path in (os.path.expanduser(part) for part in paths.split(os.pathsep) if part):
+        try:
+            with open(path, encoding="utf-8") as handle:
+                documents = load_yaml(handle.read())
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+            continue
+        except yaml.YAMLError as error:
+            raise KubeError(f"kubeconfig {path} is not YAML: {error}") from error
+        content = documents[0] if documents else {}
+        if not isinstance(content, dict):
+            raise KubeError(f"kubeconfig {path} holds no mapping")
+        base = base or os.path.dirname(os.path.abspath(path))
+        for key in ("clusters", "users", "contexts"):
+            known = {entry["name"] for entry in merged[key]}
+            merged[key] += [entry for entry in content.get(key) or [] if entry["name"] not in known]
+        merged["current-context"] = merged["current-context"] or content.get("current-context", "")
+    if not base:
+        raise KubeError(
+            "no kubeconfig can be read ("
+            + "; ".join(problems)
+            + "). Set platform_kubeconfig or KUBECONFIG to one that can."
+        )
+    return merged, base
+
+
+def _named(config: Json, kind: str, name: str) -> Json:
+    for entry in config[kind]:
+        if entry["name"] == name:
+            value = entry.get(kind[:-1])
+            return value if isinstance(value, dict) else {}
+    known = ", ".join(entry["name"] for entry in config[kind]) or "none"
+    raise KubeError(f"the kubeconfig has no {kind[:-1]} {name!r} (it has: {known})")
+
+
+def _exec_credential(spec: Json) -> Json:
+    """Run a credential plugin (``aws eks get-token``, ``gke-gcloud-auth-plugin``, ``kubelogin``) and return its status.
+
+    Protocol: https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins
+    """
+    command = [spec["command"], *(spec.get("args") or [])]
+    environment = dict(os.environ)
+    environment.update({entry["name"]: entry["value"] for entry in spec.get("env") or []})
+    environment["KUBERNETES_EXEC_INFO"] = json.dumps(
+        {"apiVersion": spec.get("apiVersion"), "kind": "ExecCredential", "spec": {"interactive": False}}
+    )
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} cannot be run: {error}") from error
+    if result.returncode != 0:
+        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} failed: {result.stderr.strip()[-500:]}")
+    try:
+        status = json.loads(result.stdout)["status"]
+    except (ValueError, KeyError) as error:
+        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} printed no ExecCredential") from error
+    return status if isinstance(status, dict) else {}
+
+
+def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
+    config, base = _read_kubeconfigs(paths)
+    context_name = context_name or config["current-context"]
+    if not context_name:
+        raise KubeError(f"kubeconfig {paths} has no current-context; set platform_kube_context")
+    context = _named(config, "contexts", context_name)
+    cluster = _named(config, "clusters", context.get("cluster", ""))
+    user = _named(config, "users", context["user"]) if context.get("user") else {}
+
+    def file_of(source: Json, key: str) -> str | None:
+        if source.get(f"{key}-data"):
+            return _temp(base64.b64decode(source[f"{key}-data"]))
+        value = source.get(key)
+        return os.path.join(base, os.path.expanduser(value)) if value else None
+
+    connection = Connection(
+        server=str(cluster["server"]).rstrip("/"),
+        ca_file=file_of(cluster, "certificate-authority"),
+        verify=not cluster.get("insecure-skip-tls-verify", False),
+        server_name=cluster.get("tls-server-name"),
+        cert_file=file_of(user, "client-certificate"),
+        key_file=file_of(user, "client-key"),
+        namespace=context.get("namespace") or "default",
+        proxy_url=cluster.get("proxy-url"),
+    )
+    token = user.get("token")
+    if not token and user.get("tokenFile"):
+        with open(os.path.join(base, user["tokenFile"]), encoding="utf-8") as handle:
+            token = handle.read().strip()
+    if not token and user.get("exec"):
+        status = _exec_credential(user["exec"])
+        token = status.get("token")
+        if status.get("clientCertificateData"):
+            connection.cert_file = _temp(status["clientCertificateData"].encode())
+            connection.key_file = _temp(status["clientKeyData"].encode())
+    if token:
+        connection.headers["Authorization"] = f"Bearer {token}"
+    elif user.get("username"):
+        pair = f"{user['username']}:{user.get('password', '')}".encode()
+        connection.headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+    return connection
+
+
+def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
+    """Find the cluster: given settings first, then kubernetes.core's environment, kubectl's, and a pod's own account.
+
+    Raises KubeError with what was tried when nothing fits.
+    """
+    env = os.environ
+    host = env.get("K8S_AUTH_HOST")
+    if host and not kubeconfig:
+        verify = env.get("K8S_AUTH_VERIFY_SSL", "true").lower() not in ("0", "false", "no")
+        connection = Connection(server=host.rstrip("/"), ca_file=env.get("K8S_AUTH_SSL_CA_CERT"), verify=verify)
+        if env.get("K8S_AUTH_API_KEY"):
+            connection.headers["Authorization"] = f"Bearer {env['K8S_AUTH_API_KEY']}"
+        connection.cert_file, connection.key_file = env.get("K8S_AUTH_CERT_FILE"), env.get("K8S_AUTH_KEY_FILE")
+        return connection
+    paths = kubeconfig or env.get("K8S_AUTH_KUBECONFIG") or env.get("KUBECONFIG")
+    default = os.path.expanduser("~/.kube/config")
+    if not paths and not os.path.exists(default) and os.path.exists(f"{_SERVICE_ACCOUNT}/token"):
+        with open(f"{_SERVICE_ACCOUNT}/token", encoding="utf-8") as handle:
+            token = handle.read().strip()
+        server = f"https://{env['KUBERNETES_SERVICE_HOST']}:{env['KUBERNETES_SERVICE_PORT']}"
+        return Connection(
+            server=server, ca_file=f"{_SERVICE_ACCOUNT}/ca.crt", headers={"Authorization": f"Bearer {token}"}
+        )
+    return _from_kubeconfig(paths or default, context or env.get("K8S_AUTH_CONTEXT") or None)
+
+
+@dataclass(frozen=True)
+class Resource:
+    """How one kind is addressed in the API."""
+
+    api_version: str
+    kind: str
+    plural: str
+    namespaced: bool
+
+    def path(self, namespace: str | None, name: str | None = None) -> str:
+        root = f"/api/{self.api_version}" if "/" not in self.api_version else f"/apis/{self.api_version}"
+        if self.namespaced and namespace:
+            root += f"/namespaces/{quote(namespace)}"
+        root += f"/{self.plural}"
+        return f"{root}/{quote(name)}" if name else root
+
+
+class Cluster:
+    """The verbs the roles need, on one API server. Safe to share between threads.
+
+    ``warnings`` collects the API server's own Warning headers, each once.
+    """
+
+    def __init__(self, connection: Connection, timeout: float = 60.0) -> None:
+        self.connection = connection
+        self.warnings: list[str] = []
+        self._discovered: dict[str, dict[str, Resource]] = {}
+        options: Json = {
+            "maxsize": 8,
+            "timeout": urllib3.Timeout(connect=10.0, read=timeout),
+            "retries": urllib3.Retry(total=3, connect=2, read=0, backoff_factor=0.3, allowed_methods=None),
+        }
+        if connection.server.startswith("https"):
+            options |= {
+                "ca_certs": connection.ca_file,
+                "cert_reqs": "CERT_REQUIRED" if connection.verify else "CERT_NONE",
+            }
+            options |= {"cert_file": connection.cert_file, "key_file": connection.key_file}
+            if connection.server_name:
+                options |= {"server_hostname": connection.server_name, "assert_hostname": connection.server_name}
+            if not connection.verify:
+                urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        self._pool: Any = (
+            urllib3.ProxyManager(connection.proxy_url, **options)
+            if connection.proxy_url
+            else urllib3.PoolManager(**options)
+        )
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+        raw: bool = False,
+    ) -> Any:
+        """One request; the decoded JSON (text where ``raw``). Raises ApiError on a refusal, KubeError when nothing answers."""
+        url = self.connection.server + path + ("?" + urlencode(query) if query else "")
+        headers = {"Accept": "application/json", **self.connection.headers}
+        payload = None
+        if body is not None:
+            payload = json.dumps(body).encode()
+            headers["Content-Type"] = content_type
+        try:
+            answer = self._pool.request(method, url, body=payload, headers=headers)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise KubeError(f"the API server {self.connection.server} does not answer: {error}") from error
+        for warning in answer.headers.getlist("Warning"):
+            text = warning.split('"')[1] if '"' in warning else warning
+            if text not in self.warnings:
+                self.warnings.append(text)
+        if answer.status >= 400:
+            try:
+                status = json.loads(answer.data)
+            except ValueError:
+                status = {"message": answer.data.decode(errors="replace")[:500]}
+            raise ApiError(
+                method, path, answer.status, status if isinstance(status, dict) else {"message": str(status)}
+            )
+        if raw:
+            return answer.data.decode(errors="replace")
+        return json.loads(answer.data)
+
+    def resource(self, api_version: str, kind: str, refresh: bool = False) -> Resource | None:
+        """The address of a kind, or None where the cluster does not know it (its CRD is not installed)."""
+        if refresh or api_version not in self._discovered:
+            root = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
+            try:
+                listed = self.request("GET", root)["resources"]
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                listed = []
+            self._discovered[api_version] = {
+                entry["kind"]: Resource(api_version, entry["kind"], entry["name"], entry["namespaced"])
+                for entry in listed
+                if "/" not in entry["name"]
+            }
+        return self._discovered[api_version].get(kind)
+
+    def get(self, resource: Resource, namespace: str | None, name: str) -> Json | None:
+        """The live object, or None."""
+        try:
+            found: Json = self.request("GET", resource.path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return found
+
+    def list(self, resource: Resource, namespace: str | None = None, selector: str = "") -> list[Json]:
+        """Objects of a kind (in all namespaces where none is given), optionally by label selector."""
+        query = {"labelSelector": selector} if selector else None
+        items: list[Json] = self.request("GET", resource.path(namespace), query=query).get("items") or []
+        return [{"apiVersion": resource.api_version, "kind": resource.kind, **item} for item in items]
+
+    def apply(self, resource: Resource, definition: Json, manager: str, dry_run: bool = False) -> Json:
+        """Server-side apply with forced ownership; the object as it is afterwards (as it would be, in a dry run)."""
+        meta = definition["metadata"]
+        query = {"fieldManager": manager, "force": "true"} | ({"dryRun": "All"} if dry_run else {})
+        result: Json = self.request(
+            "PATCH",
+            resource.path(meta.get("namespace"), meta["name"]),
+            definition,
+            query,
+            content_type="application/apply-patch+yaml",
+        )
+        return result
+
+    def merge(
+        self, resource: Resource, namespace: str | None, name: str, patch: Json, manager: str, dry_run: bool = False
+    ) -> Json:
+        """JSON merge patch (RFC 7386)."""
+        query = {"fieldManager": manager} | ({"dryRun": "All"} if dry_run else {})
+        path = resource.path(namespace, name)
+        result: Json = self.request("PATCH", path, patch, query, content_type="application/merge-patch+json")
+        return result
+
+    def delete(self, resource: Resource, namespace: str | None, name: str) -> bool:
+        """Delete in the background; False where it was gone already."""
+        try:
+            self.request("DELETE", resource.path(namespace, name), {"propagationPolicy": "Background"})
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def pod_log(self, namespace: str, pod: str, container: str, lines: int, previous: bool = False) -> str:
+        """The last lines of a container's log; the reason in brackets where there is none."""
+        query = {"container": container, "tailLines": str(lines)} | ({"previous": "true"} if previous else {})
+        try:
+            text: str = self.request("GET", f"/api/v1/namespaces/{namespace}/pods/{pod}/log", query=query, raw=True)
+        except KubeError as error:
+            return f"[no log: {error}]"
+        return text.rstrip()

@@ -1,0 +1,291 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What only the outside can tell: do the credentials hold, is there such a region, does the cluster answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
+
+__all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
+
+# Seconds to connect and to answer. A preflight that hangs is worse than one that fails.
+_PATIENCE = 5
+
+_CREDENTIAL_CURES = {
+    "ExpiredToken": "log in again (`aws sso login`, or new temporary credentials)",
+    "ExpiredTokenException": "log in again (`aws sso login`, or new temporary credentials)",
+    "InvalidClientTokenId": "check AWS_ACCESS_KEY_ID, or name another profile in platform_aws_profile",
+    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY: it is not the one of the access key",
+    "AccessDenied": "check the organisation's policies: the credentials may not even ask who they are",
+}
+
+
+def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoint: str) -> Iterator[Problem]:
+    """AWS takes the credentials, and the region is one. ``environment`` is what modules get beside our own."""
+    import boto3  # noqa: PLC0415 - half a second, and only for clusters on AWS
+    import botocore.exceptions as errors  # noqa: PLC0415
+    from botocore.config import Config  # noqa: PLC0415
+
+    by = f"profile {profile}" if profile else "the SDK's search order (environment, shared files, instance role)"
+    at = f"at {endpoint}" if endpoint else "at AWS"
+    variable = "platform_aws_profile" if profile else "AWS credentials"
+    try:
+        session = boto3.Session(
+            profile_name=profile or None,
+            region_name=region or None,
+            aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID") or None,
+            aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY") or None,
+            aws_session_token=environment.get("AWS_SESSION_TOKEN") or None,
+        )
+    except errors.ProfileNotFound:
+        known = _profiles()
+        guess = nearest(profile, known)
+        cure = (
+            f"did you mean {guess}?"
+            if guess
+            else f"known profiles: {', '.join(known) or 'none'}; `aws configure --profile {profile}` makes one"
+        )
+        yield Problem("platform_aws_profile", profile, "no such profile in the AWS configuration", cure)
+        return
+    except errors.BotoCoreError as error:
+        yield Problem(variable, profile or ABSENT, str(error), "correct the AWS configuration")
+        return
+    yield from _region(session, region)
+    config = Config(connect_timeout=_PATIENCE, read_timeout=_PATIENCE, retries={"total_max_attempts": 1})
+    found: object = profile or ABSENT
+    try:
+        session.client(
+            "sts", config=config, region_name=region or "us-east-1", endpoint_url=endpoint or None
+        ).get_caller_identity()
+    except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
+        yield Problem(
+            variable,
+            found,
+            f"no AWS credentials by {by}: {_sentence(error)}",
+            "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
+        )
+    except errors.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        yield Problem(
+            variable,
+            found,
+            f"the AWS credentials by {by} are refused {at}: {_sentence(error)}",
+            _CREDENTIAL_CURES.get(code, "check the credentials and the clock"),
+        )
+    except (
+        errors.EndpointConnectionError,
+        errors.ConnectTimeoutError,
+        errors.ReadTimeoutError,
+        errors.ConnectionClosedError,
+    ) as error:
+        cure = (
+            "start what listens there, or correct platform_aws_endpoint_url"
+            if endpoint
+            else "check the network, the proxy settings and platform_region"
+        )
+        name = "platform_aws_endpoint_url" if endpoint else variable
+        yield Problem(name, endpoint or found, f"AWS does not answer {at}: {_sentence(error)}", cure)
+    except (errors.BotoCoreError, ValueError) as error:
+        yield Problem(
+            variable,
+            found,
+            f"the AWS credentials by {by} cannot be used {at}: {_sentence(error)}",
+            "correct the AWS configuration or the endpoint",
+        )
+
+
+def _region(session: Any, region: str) -> Iterator[Problem]:
+    known = [
+        name
+        for partition in session.get_available_partitions()
+        for name in session.get_available_regions("ec2", partition_name=partition)
+    ]
+    if region and region not in known:
+        guess = nearest(region, known)
+        yield Problem(
+            "platform_region",
+            region,
+            "AWS has no such region, as far as the installed SDK knows",
+            f"did you mean {guess}?" if guess else "see the list of AWS regions",
+        )
+
+
+def _profiles() -> list[str]:
+    import botocore.session  # noqa: PLC0415
+
+    return sorted(botocore.session.Session().available_profiles)
+
+
+def check_kubeconfig(path: str, context: str, required: bool) -> Iterator[Problem]:
+    """The kubeconfig can be read and names a cluster and a user. Its absence counts only where it is ``required``."""
+    files = [Path(part).expanduser() for part in path.split(os.pathsep) if part]
+    present = [file for file in files if os.path.exists(file)]  # noqa: PTH110 - Path.exists fails in a folder that may not be entered
+    if not present:
+        if required:
+            yield Problem(
+                "platform_kubeconfig",
+                path or ABSENT,
+                "there is no such file" if path else "no kubeconfig is named",
+                "point KUBECONFIG, or platform_kubeconfig in the inventory, to the cluster's kubeconfig",
+            )
+        return
+    merged: dict[str, list[Any]] = {"contexts": [], "clusters": [], "users": []}
+    current = ""
+    for file in present:
+        content, problem = _read_kubeconfig(file)
+        if problem:
+            yield problem
+            return
+        for kind, entries in merged.items():
+            entries.extend(content.get(kind) or [])
+        current = current or str(content.get("current-context") or "")
+    yield from _context(path, merged, context or current, "platform_kube_context" if context else "platform_kubeconfig")
+
+
+def _read_kubeconfig(file: Path) -> tuple[Mapping[str, Any], Problem | None]:
+    name = "platform_kubeconfig"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no text"
+        return {}, Problem(
+            name,
+            str(file),
+            f"the kubeconfig cannot be read: {reason}",
+            "give the user who runs Ansible the right to read it, or name another file",
+        )
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark else ""
+        return {}, Problem(
+            name,
+            str(file),
+            f"the kubeconfig is no YAML{place}",
+            "write it again, for example with `aws eks update-kubeconfig`",
+        )
+    if not isinstance(content, Mapping) or content.get("kind") != "Config":
+        return {}, Problem(
+            name,
+            str(file),
+            "the file is no kubeconfig: it has no `kind: Config`",
+            "name the file that `kubectl config view` shows",
+        )
+    return content, None
+
+
+def _context(path: str, merged: Mapping[str, Sequence[Any]], name: str, variable: str) -> Iterator[Problem]:
+    contexts = {
+        str(entry.get("name")): entry.get("context") or {} for entry in merged["contexts"] if isinstance(entry, Mapping)
+    }
+    if not name:
+        choices = ", ".join(sorted(contexts)) or "none"
+        yield Problem(
+            "platform_kubeconfig",
+            path,
+            "the kubeconfig has no current context",
+            f"set platform_kube_context to one of its contexts: {choices}",
+        )
+        return
+    if name not in contexts:
+        guess = nearest(name, contexts)
+        choices = f"did you mean {guess}?" if guess else f"its contexts are: {', '.join(sorted(contexts)) or 'none'}"
+        yield Problem(variable, name, f"the kubeconfig {path} has no context of this name", choices)
+        return
+    for kind, key in (("clusters", "cluster"), ("users", "user")):
+        wanted = contexts[name].get(key)
+        if wanted not in {entry.get("name") for entry in merged[kind] if isinstance(entry, Mapping)}:
+            yield Problem(
+                "platform_kubeconfig",
+                path,
+                f"its context {name} names the {key} {wanted!r}, which the file does not hold",
+                f"add the {key}, or choose another context",
+            )
+
+
+def check_cluster(path: str, context: str) -> Iterator[Problem]:
+    """The API server of the kubeconfig's context answers, and knows the user."""
+    import urllib3.exceptions  # noqa: PLC0415
+    from kubernetes import client, config  # noqa: PLC0415 - a fifth of a second, and only where a cluster is to be asked
+
+    name = "platform_kubeconfig"
+    try:
+        settings = client.Configuration()
+        config.load_kube_config(
+            config_file=path, context=context or None, client_configuration=settings, persist_config=False
+        )
+    except (config.ConfigException, OSError, ValueError) as error:
+        yield Problem(
+            name,
+            path,
+            f"the Kubernetes client cannot use it: {_sentence(error)}",
+            "correct the entry, or write the kubeconfig again",
+        )
+        return
+    settings.retries = False
+    server = settings.host
+    try:
+        with client.ApiClient(settings) as api:
+            # Discovery needs a user that the server knows, and no right beyond that.
+            client.CoreApi(api).get_api_versions(_request_timeout=(_PATIENCE, _PATIENCE))
+    except client.ApiException as error:
+        if error.status in (401, 403):
+            cure = "log in again, or name another context in platform_kube_context"
+            yield Problem(name, path, f"{server} refuses the kubeconfig's user ({error.status} {error.reason})", cure)
+        else:
+            yield Problem(
+                name,
+                path,
+                f"{server} answers {error.status} {error.reason}",
+                "wait until the API server is ready, and look at its log",
+            )
+    except urllib3.exceptions.SSLError as error:
+        yield Problem(
+            name,
+            path,
+            f"the certificate of {server} does not fit the kubeconfig: {_sentence(error)}",
+            "the kubeconfig is another cluster's, or old: write it again",
+        )
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        yield Problem(
+            name,
+            path,
+            f"no API server answers at {server}: {_sentence(error)}",
+            "start the cluster, connect to its network, or name another context in platform_kube_context",
+        )
+
+
+def check_model_folders(models: Any) -> Iterator[Problem]:
+    """A model that comes from a folder: the folder is there and holds a model."""
+    for index, entry in enumerate(models if isinstance(models, list | tuple) else ()):
+        source = entry.get("source") if isinstance(entry, Mapping) else None
+        if not isinstance(source, str) or not source.startswith(("/", "./", "../", "~")):
+            continue
+        folder = Path(source).expanduser()
+        where = f"rayservice_models[{index}].source"
+        if not folder.is_dir():
+            yield Problem(
+                where,
+                source,
+                "there is no such folder on the machine that runs Ansible",
+                "correct the path, or name a hub id (organisation/model)",
+            )
+        elif not (folder / "config.json").is_file():
+            yield Problem(
+                where,
+                source,
+                "the folder holds no config.json, so no model vLLM can read",
+                "name the folder with the model's config.json, tokenizer and weights",
+            )
+
+
+def _sentence(error: Exception) -> str:
+    """An exception's text on one line, without the object addresses that some libraries put in."""
+    text = " ".join(str(error).split())
+    text = text.rsplit(">: ", maxsplit=1)[-1] if ">: " in text else text
+    return (text or type(error).__name__).rstrip(".")

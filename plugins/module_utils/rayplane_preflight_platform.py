@@ -1,0 +1,267 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Rules over the platform beneath Ray: names of cloud resources, the network, the nodes.
+
+Every rule takes a cluster's variables and yields problems. It meets values of any type: what has the wrong type is
+the argument specs' to report, so a rule passes it by.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ansible.module_utils.rayplane_network import plan_subnets
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
+from ansible.module_utils.rayplane_preflight_values import (
+    DNS_LABEL,
+    Values,
+    as_label,
+    bounds,
+    bucket_name_problem,
+    entries_of,
+    strings,
+    whole,
+)
+
+__all__ = ["PLATFORMS", "buckets", "gpus_of_instance", "network", "node_groups", "platform", "platform_names"]
+
+PLATFORMS = ("aws", "gcp", "azure", "existing")
+#: What people call the platforms, too.
+_PLATFORM_ALIASES = {
+    "amazon": "aws",
+    "eks": "aws",
+    "google": "gcp",
+    "gke": "gcp",
+    "gcloud": "gcp",
+    "microsoft": "azure",
+    "aks": "azure",
+    "kubernetes": "existing",
+    "k8s": "existing",
+    "kind": "existing",
+    "k3s": "existing",
+    "minikube": "existing",
+    "openshift": "existing",
+}
+
+#: GPUs of one machine, by EC2 instance family and size. Sizes of a g family, and of p3, that are not named have one.
+_INSTANCE_GPUS = {
+    "g4dn": {"12xlarge": 4, "metal": 8},
+    "g5": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
+    "g6": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
+    "g6e": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
+    "gr6": {},
+    "g5g": {"16xlarge": 2, "metal": 2},
+    "p3": {"8xlarge": 4, "16xlarge": 8},
+    "p3dn": {"24xlarge": 8},
+    "p4d": {"24xlarge": 8},
+    "p4de": {"24xlarge": 8},
+    "p5": {"4xlarge": 1, "48xlarge": 8},
+    "p5e": {"48xlarge": 8},
+    "p5en": {"48xlarge": 8},
+    "p6-b200": {"48xlarge": 8},
+    "p6-b300": {"48xlarge": 8},
+}
+
+_REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d")
+_EKS_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}")
+
+
+def platform(values: Values) -> Iterator[Problem]:
+    """Each host states its platform, and it is one we know."""
+    found = values.get("platform", ABSENT)
+    wanted = f"set platform to one of {', '.join(PLATFORMS)} where the host stands in the inventory's hosts file"
+    if found is ABSENT or found is None or found == "":
+        yield Problem("platform", found, "every cluster states the platform it runs on", wanted)
+    elif found not in PLATFORMS:
+        word = str(found).lower()
+        guess = _PLATFORM_ALIASES.get(word) or nearest(word, PLATFORMS)
+        hint = f"; did you mean {guess}?" if guess else ""
+        yield Problem("platform", found, "unknown platform", f"{wanted}{hint}")
+
+
+def platform_names(values: Values) -> Iterator[Problem]:
+    """Names of the cluster, its namespace and its region."""
+    namespace = values.get("platform_namespace")
+    if isinstance(namespace, str) and not DNS_LABEL.fullmatch(namespace):
+        yield Problem(
+            "platform_namespace",
+            namespace,
+            "a Kubernetes namespace is a DNS label: a-z, 0-9 and inner hyphens, at most 63",
+            as_label(namespace),
+        )
+    if values.get("platform") != "aws":
+        return
+    name = values.get("platform_cluster_name")
+    if isinstance(name, str) and not _EKS_NAME.fullmatch(name):
+        yield Problem(
+            "platform_cluster_name",
+            name,
+            "EKS takes 1 to 100 letters, digits, hyphens and underscores, the first a letter or digit",
+            f"write {re.sub(r'[^0-9A-Za-z_-]+', '-', name).strip('-_')[:100] or 'a name'}",
+        )
+    region = values.get("platform_region")
+    if isinstance(region, str) and not _REGION.fullmatch(region):
+        cure = (
+            "write the region alone, without the zone's letter"
+            if _REGION.match(region)
+            else "write a region such as us-west-2"
+        )
+        yield Problem("platform_region", region, "it has not the form of an AWS region", cure)
+    yield from _tags(values.get("platform_tags"))
+
+
+def _tags(tags: Any) -> Iterator[Problem]:
+    if not isinstance(tags, Mapping):
+        return
+    if len(tags) > 50:
+        yield Problem("platform_tags", f"{len(tags)} tags", "AWS takes at most 50 tags on a resource", "leave some out")
+    for key, value in tags.items():
+        where = f"platform_tags.{key}"
+        if str(key).lower().startswith("aws:"):
+            yield Problem(where, value, "tag keys that start with aws: belong to AWS", "choose another key")
+        elif len(str(key)) > 128 or len(str(value)) > 256:
+            yield Problem(
+                where, value, "AWS takes tag keys of at most 128 and values of at most 256 characters", "shorten it"
+            )
+
+
+def buckets(values: Values) -> Iterator[Problem]:
+    """Names of the buckets."""
+    names = [
+        name for name in ("platform_models_bucket", "platform_datasets_bucket") if isinstance(values.get(name), str)
+    ]
+    for name in names:
+        if found := bucket_name_problem(values[name]):
+            yield Problem(name, values[name], found[0], found[1])
+        elif "." in values[name]:
+            yield Problem(
+                name,
+                values[name],
+                "a dot in a bucket's name breaks TLS for virtual-hosted addresses, and transfer acceleration",
+                f"prefer {values[name].replace('.', '-')}",
+                warning=True,
+            )
+    if len(names) == 2 and values[names[0]] == values[names[1]]:
+        yield Problem(
+            names[1],
+            values[names[1]],
+            f"it is the name of {names[0]}, too, and they have different lifecycles",
+            "give each bucket its own name",
+        )
+
+
+def network(values: Values) -> Iterator[Problem]:
+    """The VPC's block holds the subnets, and every block is one."""
+    if values.get("platform") != "aws":
+        return
+    cidr = values.get("network_vpc_cidr")
+    if not isinstance(cidr, str):
+        return
+    zones = values.get("network_availability_zones")
+    yield from _zones(zones, values.get("platform_region"))
+    private = values.get("network_private_subnet_cidrs") or []
+    public = values.get("network_public_subnet_cidrs") or []
+    wrong = list(_cidrs("network_vpc_cidr", [cidr], single=True))
+    wrong += _cidrs("network_private_subnet_cidrs", private)
+    wrong += _cidrs("network_public_subnet_cidrs", public)
+    yield from wrong
+    yield from _cidrs("eks_public_access_cidrs", values.get("eks_public_access_cidrs"))
+    if service := values.get("eks_service_ipv4_cidr"):
+        yield from _cidrs("eks_service_ipv4_cidr", [service], single=True)
+    if wrong or not strings(zones):
+        return
+    try:
+        has_public = values.get("network_public_subnets") is not False
+        plan_subnets(cidr, zones, public=has_public, private_cidrs=private, public_cidrs=public)
+    except ValueError as error:
+        reason, _, cure = str(error).partition("; ")
+        yield Problem("network_vpc_cidr", cidr, reason, cure or "change the zones or the block")
+
+
+def _zones(zones: Any, region: Any) -> Iterator[Problem]:
+    for index, zone in enumerate(zones if strings(zones) and isinstance(region, str) else ()):
+        if not zone.startswith(region):
+            yield Problem(
+                f"network_availability_zones[{index}]",
+                zone,
+                f"the zone is not in platform_region, which is {region}",
+                f"write {region}a, for example, or change platform_region",
+            )
+
+
+def _cidrs(variable: str, blocks: Any, single: bool = False) -> Iterator[Problem]:
+    if not strings(blocks):
+        return
+    for index, block in enumerate(blocks):
+        where = variable if single else f"{variable}[{index}]"
+        try:
+            ipaddress.IPv4Network(block)
+        except ValueError as error:
+            try:
+                cure = f"write {ipaddress.IPv4Network(block, strict=False)}"
+            except ValueError:
+                cure = "write an IPv4 block such as 10.0.0.0/16"
+            yield Problem(where, block, f"it is no CIDR block: {error}", cure)
+
+
+def gpus_of_instance(instance_type: str) -> int | None:
+    """GPUs of one EC2 machine: 0 for a type without, None for a GPU family whose size we do not know."""
+    family, _, size = instance_type.partition(".")
+    if family in _INSTANCE_GPUS:
+        sizes = _INSTANCE_GPUS[family]
+        if size in sizes:
+            return sizes[size]
+        return 1 if family.startswith("g") or family == "p3" else None
+    return None if family.startswith(("g", "p")) else 0
+
+
+def node_groups(values: Values) -> Iterator[Problem]:
+    """Bounds of the node groups, and GPUs enough on one node for the model that wants most."""
+    if values.get("platform") != "aws" or "eks_node_groups" not in values:
+        return
+    seen: dict[str, str] = {}
+    most: int | None = 0
+    for path, group in (*entries_of(values, "eks_node_groups"), *entries_of(values, "eks_extra_node_groups")):
+        yield from bounds(path, group.get("min_size"), group.get("max_size"), ("min_size", "max_size"))
+        bound: dict[str, Any] = {name: group.get(name) for name in ("min_size", "max_size", "desired_size")}
+        low, high, desired = bound.values()
+        if whole(desired) and ((whole(low) and desired < low) or (whole(high) and desired > high)):
+            yield Problem(
+                f"{path}.desired_size",
+                desired,
+                f"it is outside min_size to max_size, {low} to {high}",
+                f"write {min(max(desired, low or 0), high or desired)}",
+            )
+        name = group.get("name")
+        if isinstance(name, str):
+            if name in seen:
+                yield Problem(
+                    f"{path}.name",
+                    name,
+                    f"the name is taken by {seen[name]}",
+                    "give each group its own name",
+                )
+            seen.setdefault(name, path)
+        types: Any = group.get("instance_types")
+        for kind in types if strings(types) else ():
+            gpus = gpus_of_instance(kind)
+            most = None if gpus is None or most is None else max(most, gpus)
+    # Where the kubeconfig is given, the nodes are another cluster's.
+    if most is not None and values.get("kubeconfig_source") != "given":
+        yield from _gpus_fit(values, most)
+
+
+def _gpus_fit(values: Values, most: int) -> Iterator[Problem]:
+    for path, entry in entries_of(values, "rayservice_models"):
+        gpu = entry.get("resources", {}).get("gpu", 0) if isinstance(entry.get("resources"), Mapping) else 0
+        if whole(gpu) and gpu > most:
+            has = f"the largest node of eks_node_groups has {most}" if most else "no group of eks_node_groups has GPUs"
+            yield Problem(
+                f"{path}.resources.gpu",
+                gpu,
+                f"all GPUs of a pod are on one node, and {has}",
+                f"add a node group of machines with {gpu} GPUs or more, or ask for fewer",
+            )

@@ -1,0 +1,47 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""All rules over the declared variables of one cluster that no type can state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
+from ansible.module_utils.rayplane_preflight_serving import models, rayservice, secrets, worker_groups
+from ansible.module_utils.rayplane_preflight_values import Values
+
+__all__ = ["RULES", "check_declared", "required_tools"]
+
+#: Every rule, in the order of the report.
+RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
+    platform,
+    platform_names,
+    buckets,
+    network,
+    node_groups,
+    secrets,
+    rayservice,
+    worker_groups,
+    models,
+)
+
+
+def check_declared(values: Values) -> Iterator[Problem]:
+    """Every rule over one cluster's declared variables."""
+    for rule in RULES:
+        yield from rule(values)
+
+
+def required_tools(values: Values) -> dict[str, str]:
+    """Commands that this cluster's roles call on the controller, and what for."""
+    tools: dict[str, str] = {}
+    builder, prober = values.get("kuberay_kubectl"), values.get("verify_kubectl")
+    if isinstance(builder, str):
+        tools[builder] = "it builds KubeRay's kustomization"
+        source = values.get("kuberay_kustomize_source")
+        if isinstance(source, str) and source.startswith(("https://", "http://", "git@", "ssh://")):
+            tools["git"] = "kubectl fetches kuberay_kustomize_source with it"
+    if isinstance(prober, str) and not values.get("verify_base_url"):
+        tools.setdefault(prober, "it forwards a port to the models")
+    return tools

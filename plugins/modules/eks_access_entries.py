@@ -1,0 +1,251 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: who may use an EKS cluster."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: eks_access_entries
+short_description: Reconcile the access entries of an EKS cluster as one set
+description:
+  - Grants IAM principals access to a cluster through EKS access entries and access policies, in one call.
+  - Entries that this module did not make (EKS's own for node groups, the creator's) are left alone.
+options:
+  cluster_name:
+    description: Name of the cluster.
+    type: str
+    required: true
+  entries:
+    description: The entries.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      principal_arn:
+        description: IAM role or user.
+        type: str
+        required: true
+      type:
+        description: Kind of entry. Fixed for life.
+        type: str
+        default: STANDARD
+      username:
+        description: Kubernetes user name; empty takes EKS's.
+        type: str
+        default: ""
+      groups:
+        description: Kubernetes groups.
+        type: list
+        elements: str
+        default: []
+      policies:
+        description: EKS access policies.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          policy:
+            description: Name, such as C(AmazonEKSViewPolicy), or ARN of the policy.
+            type: str
+            required: true
+          namespaces:
+            description: Namespaces it holds in; empty means the whole cluster.
+            type: list
+            elements: str
+            default: []
+  tags:
+    description: Tags of every entry.
+    type: dict
+    default: {}
+  purge:
+    description: Whether entries that this module made and that are no longer listed are removed.
+    type: bool
+    default: true
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Let the platform team administer and the auditors look
+  eks_access_entries:
+    cluster_name: ray-llm-cluster
+    entries:
+      - principal_arn: arn:aws:iam::123456789012:role/platform
+        policies: [{policy: AmazonEKSClusterAdminPolicy}]
+      - principal_arn: arn:aws:iam::123456789012:role/audit
+        policies: [{policy: AmazonEKSViewPolicy, namespaces: [rayplane]}]
+"""
+
+RETURN = r"""
+actions:
+  description: What was (in check mode would be) done, in order, each with resource and property.
+  returned: always
+  type: list
+  elements: str
+"""
+
+from typing import Any
+
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run
+from ansible.module_utils.rayplane_eks import ABSENT, require_cluster, retag
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+
+class AccessEntries:
+    """The access entries of one cluster: what is there, what is wanted, and the calls between the two."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.cluster_name: str = params["cluster_name"]
+        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
+
+    def reconcile(self) -> dict[str, Any]:
+        """Bring the set to its description."""
+        cluster = require_cluster(self.api, self.changes, self.cluster_name)
+        have = self._observe() if cluster else {}
+        for entry in self.params["entries"]:
+            now = have.get(entry["principal_arn"])
+            self._reconcile_entry(entry, now)
+            self._reconcile_policies(entry, now is not None)
+        if self.params["purge"]:
+            self._purge(have)
+        return {}
+
+    def _observe(self) -> dict[str, dict[str, Any]]:
+        arns = self.api.pages(
+            "list_access_entries", "accessEntries", f"cluster {self.cluster_name}", clusterName=self.cluster_name
+        )
+        entries: dict[str, dict[str, Any]] = {}
+        for arn in arns:
+            answer = self.api.read(
+                "describe_access_entry",
+                f"access entry {arn}",
+                absent=ABSENT,
+                clusterName=self.cluster_name,
+                principalArn=arn,
+            )
+            if answer:
+                entries[arn] = answer["accessEntry"]
+        return entries
+
+    def _reconcile_entry(self, entry: dict[str, Any], now: dict[str, Any] | None) -> None:
+        arn = entry["principal_arn"]
+        resource = f"access entry {arn}"
+        wanted = only_given({"username": entry["username"]}) | {"kubernetesGroups": sorted(entry["groups"])}
+        if now is None:
+            self.changes.create(resource, {**wanted, "type": entry["type"], "tags": self.tags})
+            self.api.write(
+                "create_access_entry",
+                resource,
+                settle=90,
+                clusterName=self.cluster_name,
+                principalArn=arn,
+                type=entry["type"],
+                tags=self.tags,
+                **only_given(wanted),
+            )
+            return
+        if now["type"] != entry["type"]:
+            raise PlatformError(
+                f"{resource} is of type {now['type']}, asked for is {entry['type']}: EKS cannot change it; remove"
+                " the entry first"
+            )
+        have = {"username": now.get("username"), "kubernetesGroups": sorted(now.get("kubernetesGroups", []))}
+        if self.changes.update(resource, have, wanted):
+            self.api.write("update_access_entry", resource, clusterName=self.cluster_name, principalArn=arn, **wanted)
+        retag(self.api, self.changes, resource, now["accessEntryArn"], now.get("tags", {}), self.tags)
+
+    def _reconcile_policies(self, entry: dict[str, Any], exists: bool) -> None:
+        arn = entry["principal_arn"]
+        resource = f"access entry {arn}"
+        have: dict[str, dict[str, Any]] = {}
+        if exists:
+            answer = self.api.pages(
+                "list_associated_access_policies",
+                "associatedAccessPolicies",
+                resource,
+                clusterName=self.cluster_name,
+                principalArn=arn,
+            )
+            have = {policy["policyArn"]: _scope(policy["accessScope"].get("namespaces", [])) for policy in answer}
+        wanted = {_policy_arn(policy["policy"], arn): _scope(policy["namespaces"]) for policy in entry["policies"]}
+        for policy, scope in wanted.items():
+            if self.changes.update(resource, {f"policy {policy}": have.get(policy)}, {f"policy {policy}": scope}):
+                self.api.write(
+                    "associate_access_policy",
+                    resource,
+                    clusterName=self.cluster_name,
+                    principalArn=arn,
+                    policyArn=policy,
+                    accessScope=scope,
+                )
+        for policy in sorted(set(have) - set(wanted)):
+            self.changes.update(resource, {f"policy {policy}": have[policy]}, {f"policy {policy}": None})
+            self.api.write(
+                "disassociate_access_policy",
+                resource,
+                clusterName=self.cluster_name,
+                principalArn=arn,
+                policyArn=policy,
+            )
+
+    def _purge(self, have: dict[str, dict[str, Any]]) -> None:
+        listed = {entry["principal_arn"] for entry in self.params["entries"]}
+        for arn, entry in have.items():
+            if arn not in listed and entry.get("tags", {}).get(OWNER_TAG) == self.cluster_name:
+                resource = f"access entry {arn}"
+                self.changes.delete(
+                    resource, {"type": entry["type"], "kubernetesGroups": entry.get("kubernetesGroups", [])}
+                )
+                self.api.write("delete_access_entry", resource, clusterName=self.cluster_name, principalArn=arn)
+
+
+def _scope(namespaces: list[str]) -> dict[str, Any]:
+    return {"type": "namespace", "namespaces": sorted(namespaces)} if namespaces else {"type": "cluster"}
+
+
+def _policy_arn(policy: str, principal_arn: str) -> str:
+    if policy.startswith("arn:"):
+        return policy
+    partition = principal_arn.split(":")[1] if principal_arn.startswith("arn:") else "aws"
+    return f"arn:{partition}:eks::aws:cluster-access-policy/{policy}"
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    return AccessEntries(module.params, Api(module.client("eks"), changes), changes).reconcile()
+
+
+def main() -> None:
+    """Run the module."""
+    policy = {
+        "policy": {"type": "str", "required": True},
+        "namespaces": {"type": "list", "elements": "str", "default": []},
+    }
+    entry = {
+        "principal_arn": {"type": "str", "required": True},
+        "type": {"type": "str", "default": "STANDARD"},
+        "username": {"type": "str", "default": ""},
+        "groups": {"type": "list", "elements": "str", "default": []},
+        "policies": {"type": "list", "elements": "dict", "default": [], "options": policy},
+    }
+    module = AnsibleAWSModule(
+        argument_spec={
+            "cluster_name": {"type": "str", "required": True},
+            "entries": {"type": "list", "elements": "dict", "default": [], "options": entry},
+            "tags": {"type": "dict", "default": {}},
+            "purge": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
+    )
+    run(module, reconcile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: all add-ons of an EKS cluster."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: eks_addons
+short_description: Reconcile the add-ons of an EKS cluster as one set
+description:
+  - Installs, changes, upgrades and removes EKS add-ons in one call.
+  - An add-on without a version gets what EKS offers as default, stays on it, and moves to the new default when the
+    cluster's Kubernetes
+    version changes. The tag C(rayplane.io/kubernetes-version) remembers for which version it was chosen.
+  - While the cluster has no node group nothing is waited for, because some add-ons become active only on nodes.
+options:
+  cluster_name:
+    description: Name of the cluster.
+    type: str
+    required: true
+  addons:
+    description: The add-ons.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Name of the add-on.
+        type: str
+        required: true
+      version:
+        description: Version to pin; empty takes EKS's default for the cluster's Kubernetes version.
+        type: str
+        default: ""
+      configuration:
+        description: Settings of the add-on, as its own schema has them.
+        type: dict
+        default: {}
+      role_arn:
+        description: IAM role of the add-on's service account, where it does not use pod identity.
+        type: str
+        default: ""
+      pod_identities:
+        description: Pod identity associations of the add-on.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          service_account:
+            description: Service account of the add-on.
+            type: str
+            required: true
+          role_arn:
+            description: IAM role of the service account, as ARN or by a name in O(role_arns).
+            type: str
+            required: true
+      resolve_conflicts:
+        description: What EKS does with settings changed inside the cluster.
+        type: str
+        choices: [NONE, OVERWRITE, PRESERVE]
+        default: OVERWRITE
+  role_arns:
+    description: ARNs of roles by name, for roles given by name.
+    type: dict
+    default: {}
+  tags:
+    description: Tags of every add-on.
+    type: dict
+    default: {}
+  purge:
+    description: Whether add-ons that this module made and that are no longer listed are removed.
+    type: bool
+    default: true
+  wait_timeout:
+    description: Longest wait for one add-on, in seconds.
+    type: int
+    default: 1200
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Keep the add-ons
+  eks_addons:
+    cluster_name: ray-llm-cluster
+    addons:
+      - {name: vpc-cni}
+      - {name: coredns, configuration: {replicaCount: 3}}
+"""
+
+RETURN = r"""
+actions:
+  description: What was (in check mode would be) done, in order, each with resource and property.
+  returned: always
+  type: list
+  elements: str
+addons:
+  description: Version and status of each add-on by name.
+  returned: always
+  type: dict
+"""
+
+import json
+from typing import Any
+
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_eks import ABSENT, health, require_cluster, resolve_role, retag, wait_for_update
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+VERSION_TAG = "rayplane.io/kubernetes-version"
+
+
+class Addons:
+    """The add-ons of one cluster: what is there, what is wanted, and the calls between the two."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.cluster_name: str = params["cluster_name"]
+        self.kubernetes = ""
+
+    def reconcile(self) -> dict[str, Any]:
+        """Bring the set to its description and return the add-ons' versions and status."""
+        cluster = require_cluster(self.api, self.changes, self.cluster_name)
+        self.kubernetes = cluster["version"] if cluster else ""
+        have = self._observe() if cluster else {}
+        touched = []
+        for addon in self.params["addons"]:
+            now = have.get(addon["name"])
+            if now is not None and now["status"] in ("CREATE_FAILED", "DELETING"):
+                self._delete({addon["name"]: now})
+                now = None
+            changed = self._create(addon) if now is None else self._update(addon, now)
+            if changed:
+                touched.append(addon["name"])
+        self._delete(self._unwanted(have))
+        if touched and not self.changes.check_mode and self._has_nodes():
+            for name in touched:
+                self._wait_until_active(name)
+        if touched and not self.changes.check_mode:
+            have = self._observe()
+        return {
+            "addons": {
+                name: {"version": one.get("addonVersion"), "status": one["status"]} for name, one in have.items()
+            }
+        }
+
+    def _observe(self) -> dict[str, dict[str, Any]]:
+        names = self.api.pages("list_addons", "addons", f"cluster {self.cluster_name}", clusterName=self.cluster_name)
+        addons = {name: self._describe(name) for name in names}
+        return {name: addon for name, addon in addons.items() if addon}
+
+    def _describe(self, name: str) -> dict[str, Any] | None:
+        answer = self.api.read(
+            "describe_addon", f"add-on {name}", absent=ABSENT, clusterName=self.cluster_name, addonName=name
+        )
+        found: dict[str, Any] | None = answer["addon"] if answer else None
+        return found
+
+    def _has_nodes(self) -> bool:
+        return bool(
+            self.api.pages(
+                "list_nodegroups", "nodegroups", f"cluster {self.cluster_name}", clusterName=self.cluster_name
+            )
+        )
+
+    def _tags(self) -> dict[str, str]:
+        tags = {str(key): str(value) for key, value in self.params["tags"].items()}
+        return {**tags, OWNER_TAG: self.cluster_name, VERSION_TAG: self.kubernetes}
+
+    def _create(self, addon: dict[str, Any]) -> bool:
+        resource = f"add-on {addon['name']}"
+        wanted = only_given(
+            {
+                "addonVersion": addon["version"],
+                "configurationValues": _configuration(addon),
+                "serviceAccountRoleArn": addon["role_arn"],
+                "podIdentityAssociations": self._identities(addon),
+                "resolveConflicts": "OVERWRITE"
+                if addon["resolve_conflicts"] == "PRESERVE"
+                else addon["resolve_conflicts"],
+                "tags": self._tags(),
+            }
+        )
+        self.changes.create(resource, wanted)
+        self.api.write(
+            "create_addon", resource, settle=90, clusterName=self.cluster_name, addonName=addon["name"], **wanted
+        )
+        return True
+
+    def _update(self, addon: dict[str, Any], now: dict[str, Any]) -> bool:
+        name = addon["name"]
+        resource = f"add-on {name}"
+        if now["status"] in ("CREATING", "UPDATING") and not self.changes.check_mode and self._has_nodes():
+            self._wait_until_active(name)
+        config: dict[str, Any] = {}
+        version = self._version(addon, now)
+        if self.changes.update(resource, {"version": now.get("addonVersion")}, {"version": version}):
+            config["addonVersion"] = version
+        have = json.loads(now.get("configurationValues") or "{}")
+        if self.changes.update(resource, {"configuration": have}, {"configuration": addon["configuration"]}):
+            config["configurationValues"] = _configuration(addon) or "{}"
+        role = addon["role_arn"]
+        if role and self.changes.update(resource, {"role_arn": now.get("serviceAccountRoleArn")}, {"role_arn": role}):
+            config["serviceAccountRoleArn"] = role
+        # EKS answers associations by their ARN only; their number tells whether one was removed by hand,
+        # the roles are eks_pod_identities' matter.
+        held, wanted = len(now.get("podIdentityAssociations") or []), self._identities(addon)
+        if self.changes.update(resource, {"pod_identities": held}, {"pod_identities": len(wanted)}):
+            config["podIdentityAssociations"] = wanted
+        if config:
+            update = self.api.write(
+                "update_addon",
+                resource,
+                busy=self.params["wait_timeout"],
+                clusterName=self.cluster_name,
+                addonName=name,
+                resolveConflicts=addon["resolve_conflicts"],
+                **config,
+            )
+            if update and update["update"]["status"] != "Successful":
+                wait_for_update(
+                    self.api, resource, update, self.params["wait_timeout"], name=self.cluster_name, addonName=name
+                )
+        retag(self.api, self.changes, resource, now["addonArn"], now.get("tags", {}), self._tags())
+        if now["status"] in ("DEGRADED", "UPDATE_FAILED") and not config:
+            self.changes.warnings.append(f"{resource} is {now['status'].lower()}: {health(now) or 'no reason given'}")
+        return bool(config)
+
+    def _version(self, addon: dict[str, Any], now: dict[str, Any]) -> str:
+        if addon["version"]:
+            return str(addon["version"])
+        chosen_for = now.get("tags", {}).get(VERSION_TAG, self.kubernetes)
+        if chosen_for == self.kubernetes:
+            return str(now.get("addonVersion"))
+        # The cluster was upgraded since: move to what EKS offers for the new version.
+        resource = f"add-on {addon['name']}"
+        offered = self.api.pages(
+            "describe_addon_versions", "addons", resource, addonName=addon["name"], kubernetesVersion=self.kubernetes
+        )
+        for version in offered[0]["addonVersions"] if offered else []:
+            if any(one.get("defaultVersion") for one in version.get("compatibilities", ())):
+                return str(version["addonVersion"])
+        raise PlatformError(
+            f"{resource}: EKS offers no default version for Kubernetes {self.kubernetes}; name one in eks_addons"
+        )
+
+    def _identities(self, addon: dict[str, Any]) -> list[dict[str, str]]:
+        known = self.params["role_arns"]
+        return [
+            {"serviceAccount": one["service_account"], "roleArn": resolve_role(one["role_arn"], known)}
+            for one in addon["pod_identities"]
+        ]
+
+    def _unwanted(self, have: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not self.params["purge"]:
+            return {}
+        listed = {addon["name"] for addon in self.params["addons"]}
+        return {
+            name: addon
+            for name, addon in have.items()
+            if name not in listed and addon.get("tags", {}).get(OWNER_TAG) == self.cluster_name
+        }
+
+    def _delete(self, addons: dict[str, dict[str, Any]]) -> None:
+        for name, addon in addons.items():
+            resource = f"add-on {name}"
+            self.changes.delete(resource, {"version": addon.get("addonVersion")})
+            if addon["status"] != "DELETING":
+                self.api.write("delete_addon", resource, clusterName=self.cluster_name, addonName=name)
+        for name in addons:
+            if not self.changes.check_mode:
+                self._wait_until_gone(name)
+
+    def _wait_until_gone(self, name: str) -> None:
+        def probe() -> tuple[bool, str]:
+            addon = self._describe(name)
+            return addon is None, f"status {addon['status']}" if addon else "gone"
+
+        wait_until(f"removal of add-on {name}", probe, self.params["wait_timeout"])
+
+    def _wait_until_active(self, name: str) -> None:
+        def probe() -> tuple[bool, str]:
+            addon = self._describe(name)
+            if addon is None:
+                return False, "not listed yet"
+            if addon["status"].endswith("_FAILED"):
+                raise PlatformError(
+                    f"add-on {name} of {self.cluster_name}: {addon['status']}: {health(addon) or 'no reason given'}"
+                )
+            return addon["status"] == "ACTIVE", f"status {addon['status']} {health(addon)}".strip()
+
+        wait_until(f"add-on {name}", probe, self.params["wait_timeout"])
+
+
+def _configuration(addon: dict[str, Any]) -> str:
+    return json.dumps(addon["configuration"], sort_keys=True) if addon["configuration"] else ""
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    return Addons(module.params, Api(module.client("eks"), changes), changes).reconcile()
+
+
+def main() -> None:
+    """Run the module."""
+    identity = {"service_account": {"type": "str", "required": True}, "role_arn": {"type": "str", "required": True}}
+    addon = {
+        "name": {"type": "str", "required": True},
+        "version": {"type": "str", "default": ""},
+        "configuration": {"type": "dict", "default": {}},
+        "role_arn": {"type": "str", "default": ""},
+        "pod_identities": {"type": "list", "elements": "dict", "default": [], "options": identity},
+        "resolve_conflicts": {"type": "str", "choices": ["NONE", "OVERWRITE", "PRESERVE"], "default": "OVERWRITE"},
+    }
+    module = AnsibleAWSModule(
+        argument_spec={
+            "cluster_name": {"type": "str", "required": True},
+            "addons": {"type": "list", "elements": "dict", "default": [], "options": addon},
+            "role_arns": {"type": "dict", "default": {}},
+            "tags": {"type": "dict", "default": {}},
+            "purge": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "int", "default": 1200},
+        },
+        supports_check_mode=True,
+    )
+    run(module, reconcile)
+
+
+if __name__ == "__main__":
+    main()

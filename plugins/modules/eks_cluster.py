@@ -1,0 +1,445 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: an EKS control plane."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: eks_cluster
+short_description: Reconcile an EKS control plane
+description:
+  - Creates, changes, upgrades or deletes an EKS cluster (with its node groups), with a comparison property by
+    property and a true check mode.
+  - Upgrades go one minor version at a time, as EKS demands; downgrades are refused.
+options:
+  name:
+    description: Name of the cluster.
+    type: str
+    required: true
+  state:
+    description: Whether the cluster exists.
+    type: str
+    choices: [present, absent]
+    default: present
+  version:
+    description: Kubernetes version, major and minor. Empty takes what EKS offers as its default, and never upgrades.
+    type: str
+    default: ""
+  role_arn:
+    description: IAM role of the control plane. Required to create a cluster.
+    type: str
+    default: ""
+  subnet_ids:
+    description: >-
+      Subnets for the control plane's network interfaces, in at least two zones. Required to create a cluster.
+    type: list
+    elements: str
+    default: []
+  security_group_ids:
+    description: Further security groups of the control plane's network interfaces.
+    type: list
+    elements: str
+    default: []
+  endpoint_public_access:
+    description: Whether the API server is reached from the internet.
+    type: bool
+    default: true
+  endpoint_private_access:
+    description: Whether nodes and peers reach the API server inside the VPC.
+    type: bool
+    default: true
+  public_access_cidrs:
+    description: Who reaches the public endpoint.
+    type: list
+    elements: str
+    default: [0.0.0.0/0]
+  service_ipv4_cidr:
+    description: Addresses of Kubernetes services, set when the cluster is made. Empty lets EKS choose.
+    type: str
+    default: ""
+  log_types:
+    description: Control plane logs to send to CloudWatch.
+    type: list
+    elements: str
+    choices: [api, audit, authenticator, controllerManager, scheduler]
+    default: []
+  encryption_key_arn:
+    description: KMS key that encrypts Kubernetes Secrets. It can be set once and never changed.
+    type: str
+    default: ""
+  authentication_mode:
+    description: Where access is looked up. It can only move from C(CONFIG_MAP) over C(API_AND_CONFIG_MAP) to C(API).
+    type: str
+    choices: [CONFIG_MAP, API_AND_CONFIG_MAP, API]
+    default: API
+  creator_is_admin:
+    description: Whether who creates the cluster becomes its administrator; counts when the cluster is made.
+    type: bool
+    default: true
+  support_type:
+    description: Whether AWS upgrades the cluster when standard support of its version ends. Empty leaves EKS's default.
+    type: str
+    choices: ["", STANDARD, EXTENDED]
+    default: ""
+  tags:
+    description: Tags of the cluster.
+    type: dict
+    default: {}
+  wait_timeout:
+    description: Longest wait for one step (creation, one update, deletion), in seconds.
+    type: int
+    default: 2400
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Keep a control plane
+  eks_cluster:
+    name: ray-llm-cluster
+    version: "1.34"
+    role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-control-plane
+    subnet_ids: [subnet-1, subnet-2]
+    log_types: [api, audit]
+"""
+
+RETURN = r"""
+actions:
+  description: What was (in check mode would be) done, in order, each with resource and property.
+  returned: always
+  type: list
+  elements: str
+cluster:
+  description: Facts of the cluster; empty when it does not exist, as in check mode before the first run.
+  returned: always
+  type: dict
+  contains:
+    arn: {description: ARN of the cluster., type: str}
+    certificate_authority: {description: CA of the API server, base64., type: str}
+    endpoint: {description: Address of the API server., type: str}
+    oidc_issuer: {description: Issuer of service account tokens., type: str}
+    security_group_id: {description: Security group that EKS made for nodes and control plane., type: str}
+    status: {description: Status of the cluster., type: str}
+    version: {description: Kubernetes version., type: str}
+"""
+
+from typing import Any
+
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_eks import find_cluster, minor, retag, wait_for_update
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+# Nodes may be at most this many minor versions behind the control plane (Kubernetes version skew policy).
+MAX_SKEW = 3
+MODES = ["CONFIG_MAP", "API_AND_CONFIG_MAP", "API"]
+LOG_TYPES = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
+
+
+class Cluster:
+    """One control plane: what is there, what is wanted, and the calls between the two."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.name: str = params["name"]
+        self.resource = f"cluster {self.name}"
+        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.name}
+
+    def present(self) -> dict[str, Any]:
+        """Bring the cluster to its description and return its facts."""
+        now = find_cluster(self.api, self.name)
+        if now is not None and now["status"] == "DELETING":
+            self._wait_until_gone()
+            now = None
+        if now is None:
+            self._create()
+        else:
+            if now["status"] in ("CREATING", "UPDATING", "PENDING") and not self.changes.check_mode:
+                self._wait_until_active()
+                now = find_cluster(self.api, self.name) or now
+            self._reconcile(now)
+        return {"cluster": facts(find_cluster(self.api, self.name))}
+
+    def absent(self) -> dict[str, Any]:
+        """Delete the cluster, its node groups first."""
+        now = find_cluster(self.api, self.name)
+        if now is not None:
+            self._delete_node_groups()
+            self.changes.delete(self.resource, {"version": now["version"], "endpoint": now.get("endpoint")})
+            if now["status"] != "DELETING":
+                self.api.write("delete_cluster", self.resource, busy=self.params["wait_timeout"], name=self.name)
+            if not self.changes.check_mode:
+                self._wait_until_gone()
+        return {"cluster": {}}
+
+    def _delete_node_groups(self) -> None:
+        for name in self._node_groups():
+            resource = f"node group {name}"
+            self.changes.delete(resource)
+            # One that is being deleted already answers that it is in use.
+            status = self.api.read("describe_nodegroup", resource, clusterName=self.name, nodegroupName=name)[
+                "nodegroup"
+            ]["status"]
+            if status != "DELETING":
+                self.api.write(
+                    "delete_nodegroup",
+                    resource,
+                    busy=self.params["wait_timeout"],
+                    clusterName=self.name,
+                    nodegroupName=name,
+                )
+
+        def probe() -> tuple[bool, str]:
+            names = self._node_groups()
+            return not names, f"left: {', '.join(names)}"
+
+        if not self.changes.check_mode:
+            wait_until(f"deletion of the node groups of {self.name}", probe, self.params["wait_timeout"])
+
+    def _node_groups(self) -> list[str]:
+        names: list[str] = self.api.pages("list_nodegroups", "nodegroups", self.resource, clusterName=self.name)
+        return names
+
+    def _create(self) -> None:
+        params = self.params
+        missing = [name for name in ("role_arn", "subnet_ids") if not params[name]]
+        if missing:
+            raise PlatformError(f"{self.resource} does not exist; to create it give {' and '.join(missing)}")
+        if params["version"]:
+            minor(params["version"])
+        wanted = {
+            "version": params["version"],
+            "roleArn": params["role_arn"],
+            "resourcesVpcConfig": {
+                "subnetIds": params["subnet_ids"],
+                "securityGroupIds": params["security_group_ids"],
+                **self._endpoint_access(),
+            },
+            "logging": {"clusterLogging": [{"types": params["log_types"], "enabled": True}]}
+            if params["log_types"]
+            else None,
+            "encryptionConfig": self._encryption() if params["encryption_key_arn"] else None,
+            "kubernetesNetworkConfig": only_given({"serviceIpv4Cidr": params["service_ipv4_cidr"]}),
+            "accessConfig": {
+                "authenticationMode": params["authentication_mode"],
+                "bootstrapClusterCreatorAdminPermissions": params["creator_is_admin"],
+            },
+            "upgradePolicy": only_given({"supportType": params["support_type"]}),
+            "tags": self.tags,
+        }
+        wanted = only_given(wanted)
+        self.changes.create(self.resource, wanted)
+        self.api.write("create_cluster", self.resource, settle=90, name=self.name, **wanted)
+        if not self.changes.check_mode:
+            self._wait_until_active()
+
+    def _reconcile(self, now: dict[str, Any]) -> None:
+        self._refuse_the_impossible(now)
+        self._update_network(now)
+        self._update_access_mode(now)
+        self._update_logging(now)
+        self._update_encryption(now)
+        self._update_support(now)
+        retag(self.api, self.changes, self.resource, now["arn"], now.get("tags", {}), self.tags)
+        self._upgrade(now["version"])
+
+    def _refuse_the_impossible(self, now: dict[str, Any]) -> None:
+        params = self.params
+        # Looked at before anything is changed: a run that must fail leaves the cluster as it was.
+        if params["version"] and minor(params["version"]) < minor(now["version"]):
+            raise PlatformError(
+                f"{self.resource} runs Kubernetes {now['version']}, eks_kubernetes_version asks for"
+                f" {params['version']}: EKS cannot go back;"
+                f' set it to "{now["version"]}" or later'
+            )
+        if params["version"] and minor(params["version"]) - minor(now["version"]) > MAX_SKEW:
+            step = f"1.{minor(now['version']) + MAX_SKEW}"
+            raise PlatformError(
+                f"{self.resource} runs Kubernetes {now['version']}, eks_kubernetes_version asks for"
+                f" {params['version']}: nodes may be at most"
+                f' {MAX_SKEW} versions behind; deploy "{step}" first, nodes included'
+            )
+        if params["role_arn"] and not params["role_arn"].startswith("<") and now["roleArn"] != params["role_arn"]:
+            raise PlatformError(
+                f"{self.resource} runs with the role {now['roleArn']}, asked for is {params['role_arn']}: EKS cannot"
+                " change it; keep the role"
+            )
+        have = _mode(now)
+        if MODES.index(params["authentication_mode"]) < MODES.index(have):
+            raise PlatformError(
+                f"{self.resource} has the authentication mode {have}: EKS cannot go back to"
+                f" {params['authentication_mode']}"
+            )
+        key = _key(now)
+        if key and params["encryption_key_arn"] not in ("", key):
+            raise PlatformError(
+                f"{self.resource} encrypts secrets with {key}: EKS cannot change the key to"
+                f" {params['encryption_key_arn']}"
+            )
+
+    def _endpoint_access(self) -> dict[str, Any]:
+        access: dict[str, Any] = {
+            "endpointPublicAccess": self.params["endpoint_public_access"],
+            "endpointPrivateAccess": self.params["endpoint_private_access"],
+        }
+        if self.params["endpoint_public_access"]:
+            access["publicAccessCidrs"] = sorted(self.params["public_access_cidrs"])
+        return access
+
+    def _encryption(self) -> list[dict[str, Any]]:
+        return [{"resources": ["secrets"], "provider": {"keyArn": self.params["encryption_key_arn"]}}]
+
+    def _update_network(self, now: dict[str, Any]) -> None:
+        have = now["resourcesVpcConfig"]
+        access = self._endpoint_access()
+        was = {**have, "publicAccessCidrs": sorted(have.get("publicAccessCidrs", []))}
+        if self.changes.update(self.resource, was, access):
+            self._update_config(resourcesVpcConfig=access)
+        placed = {
+            "subnetIds": sorted(self.params["subnet_ids"]),
+            "securityGroupIds": sorted(self.params["security_group_ids"]),
+        }
+        placed = only_given(placed)
+        was = {key: sorted(have.get(key, [])) for key in placed}
+        if self.changes.update(self.resource, was, placed):
+            # EKS takes endpoint access and placement in separate updates, and both lists together.
+            self._update_config(
+                resourcesVpcConfig={
+                    **{key: sorted(have.get(key, [])) for key in ("subnetIds", "securityGroupIds")},
+                    **placed,
+                }
+            )
+
+    def _update_access_mode(self, now: dict[str, Any]) -> None:
+        have, want = _mode(now), self.params["authentication_mode"]
+        if self.changes.update(self.resource, {"authenticationMode": have}, {"authenticationMode": want}):
+            for step in MODES[MODES.index(have) + 1 : MODES.index(want) + 1]:
+                self._update_config(accessConfig={"authenticationMode": step})
+
+    def _update_logging(self, now: dict[str, Any]) -> None:
+        setups = now.get("logging", {}).get("clusterLogging", [])
+        have = sorted({kind for setup in setups if setup.get("enabled") for kind in setup.get("types", [])})
+        want = sorted(set(self.params["log_types"]))
+        if self.changes.update(self.resource, {"logging": have}, {"logging": want}):
+            setup = [
+                {"types": want, "enabled": True},
+                {"types": sorted(set(LOG_TYPES) - set(want)), "enabled": False},
+            ]
+            self._update_config(logging={"clusterLogging": [one for one in setup if one["types"]]})
+
+    def _update_encryption(self, now: dict[str, Any]) -> None:
+        want = self.params["encryption_key_arn"]
+        if want and self.changes.update(self.resource, {"encryption_key": _key(now) or None}, {"encryption_key": want}):
+            update = self.api.write(
+                "associate_encryption_config", self.resource, clusterName=self.name, encryptionConfig=self._encryption()
+            )
+            wait_for_update(self.api, self.resource, update, self.params["wait_timeout"], name=self.name)
+
+    def _update_support(self, now: dict[str, Any]) -> None:
+        want = self.params["support_type"]
+        have = now.get("upgradePolicy", {}).get("supportType")
+        if want and self.changes.update(self.resource, {"support_type": have}, {"support_type": want}):
+            self._update_config(upgradePolicy={"supportType": want})
+
+    def _update_config(self, **config: Any) -> None:
+        update = self.api.write(
+            "update_cluster_config", self.resource, busy=self.params["wait_timeout"], name=self.name, **config
+        )
+        wait_for_update(self.api, self.resource, update, self.params["wait_timeout"], name=self.name)
+
+    def _upgrade(self, have: str) -> None:
+        want = self.params["version"]
+        if not want:
+            return
+        for step in range(minor(have) + 1, minor(want) + 1):
+            self.changes.update(self.resource, {"version": f"1.{step - 1}"}, {"version": f"1.{step}"})
+            update = self.api.write("update_cluster_version", self.resource, name=self.name, version=f"1.{step}")
+            wait_for_update(self.api, self.resource, update, self.params["wait_timeout"], name=self.name)
+            if not self.changes.check_mode:
+                self._wait_until_active()
+
+    def _wait_until_active(self) -> None:
+        def probe() -> tuple[bool, str]:
+            cluster = find_cluster(self.api, self.name)
+            status = cluster["status"] if cluster else "not listed yet"
+            if status == "FAILED":
+                raise PlatformError(
+                    f"{self.resource} failed: see its health in the EKS console, destroy it and run again"
+                )
+            return status == "ACTIVE", f"status {status}"
+
+        wait_until(self.resource, probe, self.params["wait_timeout"], delay=2)
+
+    def _wait_until_gone(self) -> None:
+        def probe() -> tuple[bool, str]:
+            cluster = find_cluster(self.api, self.name)
+            return cluster is None, f"status {cluster['status'] if cluster else 'gone'}"
+
+        if not self.changes.check_mode:
+            wait_until(f"deletion of {self.resource}", probe, self.params["wait_timeout"], delay=5)
+
+
+def _mode(cluster: dict[str, Any]) -> str:
+    return str(cluster.get("accessConfig", {}).get("authenticationMode") or "CONFIG_MAP")
+
+
+def _key(cluster: dict[str, Any]) -> str:
+    configs = cluster.get("encryptionConfig") or []
+    return str(configs[0].get("provider", {}).get("keyArn", "")) if configs else ""
+
+
+def facts(cluster: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what other tasks need of a cluster's description; empty where there is none."""
+    if cluster is None:
+        return {}
+    return {
+        "arn": cluster["arn"],
+        "certificate_authority": cluster.get("certificateAuthority", {}).get("data", ""),
+        "endpoint": cluster.get("endpoint", ""),
+        "oidc_issuer": cluster.get("identity", {}).get("oidc", {}).get("issuer", ""),
+        "security_group_id": cluster.get("resourcesVpcConfig", {}).get("clusterSecurityGroupId", ""),
+        "status": cluster["status"],
+        "version": cluster["version"],
+    }
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    cluster = Cluster(module.params, Api(module.client("eks"), changes), changes)
+    return cluster.present() if module.params["state"] == "present" else cluster.absent()
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleAWSModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "version": {"type": "str", "default": ""},
+            "role_arn": {"type": "str", "default": ""},
+            "subnet_ids": {"type": "list", "elements": "str", "default": []},
+            "security_group_ids": {"type": "list", "elements": "str", "default": []},
+            "endpoint_public_access": {"type": "bool", "default": True},
+            "endpoint_private_access": {"type": "bool", "default": True},
+            "public_access_cidrs": {"type": "list", "elements": "str", "default": ["0.0.0.0/0"]},
+            "service_ipv4_cidr": {"type": "str", "default": ""},
+            "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
+            "encryption_key_arn": {"type": "str", "default": "", "no_log": False},
+            "authentication_mode": {"type": "str", "choices": MODES, "default": "API"},
+            "creator_is_admin": {"type": "bool", "default": True},
+            "support_type": {"type": "str", "choices": ["", "STANDARD", "EXTENDED"], "default": ""},
+            "tags": {"type": "dict", "default": {}},
+            "wait_timeout": {"type": "int", "default": 2400},
+        },
+        supports_check_mode=True,
+    )
+    run(module, reconcile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,515 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: all managed node groups of an EKS cluster."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: eks_node_groups
+short_description: Reconcile the managed node groups of an EKS cluster as one set
+description:
+  - Creates, changes, upgrades and deletes managed node groups in one call. Groups are created side by side and waited
+    for together.
+  - The desired size counts when a group is made; afterwards it is the autoscaler's, and is touched only where it lies
+    outside the bounds.
+  - Groups that this module made and that are no longer listed are deleted; others are left alone.
+options:
+  cluster_name:
+    description: Name of the cluster.
+    type: str
+    required: true
+  node_groups:
+    description: The groups.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Name of the group.
+        type: str
+        required: true
+      instance_types:
+        description: Instance types, the preferred first. Fixed for life.
+        type: list
+        elements: str
+        default: [m5.2xlarge]
+      ami_type:
+        description: Image of the nodes, such as C(AL2023_x86_64_STANDARD) or C(AL2023_x86_64_NVIDIA). Fixed for life.
+        type: str
+        default: AL2023_x86_64_STANDARD
+      capacity_type:
+        description: On-demand, spot or reserved capacity. Fixed for life.
+        type: str
+        choices: [ON_DEMAND, SPOT, CAPACITY_BLOCK]
+        default: ON_DEMAND
+      min_size:
+        description: Fewest nodes.
+        type: int
+        default: 0
+      max_size:
+        description: Most nodes.
+        type: int
+        required: true
+      desired_size:
+        description: Nodes to begin with; absent takes O(node_groups[].min_size).
+        type: int
+      disk_size:
+        description: Root disk in GiB; not used with a launch template. Fixed for life.
+        type: int
+        default: 100
+      labels:
+        description: Kubernetes labels of the nodes.
+        type: dict
+        default: {}
+      taints:
+        description: Kubernetes taints of the nodes.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          key:
+            description: Key of the taint.
+            type: str
+            required: true
+          value:
+            description: Value of the taint.
+            type: str
+            default: ""
+          effect:
+            description: Effect of the taint.
+            type: str
+            choices: [NoSchedule, NoExecute, PreferNoSchedule]
+            default: NoSchedule
+      subnet_ids:
+        description: Subnets of the nodes; empty takes O(subnet_ids). Fixed for life.
+        type: list
+        elements: str
+        default: []
+      role_arn:
+        description: IAM role of the nodes; empty takes O(role_arn). Fixed for life.
+        type: str
+        default: ""
+      launch_template:
+        description: Launch template, with C(name) or C(id) and C(version).
+        type: dict
+        default: {}
+      release_version:
+        description: Image release to stay on; empty takes the newest when nodes are made or upgraded.
+        type: str
+        default: ""
+      max_unavailable:
+        description: Nodes replaced at a time during an update.
+        type: int
+        default: 1
+      tags:
+        description: Further tags of the group.
+        type: dict
+        default: {}
+  role_arn:
+    description: IAM role of the nodes of groups that name none.
+    type: str
+    default: ""
+  subnet_ids:
+    description: Subnets of the nodes of groups that name none.
+    type: list
+    elements: str
+    default: []
+  tags:
+    description: Tags of every group.
+    type: dict
+    default: {}
+  replace:
+    description: >-
+      Whether a group is deleted and made anew when a property changes that is fixed for life. Its nodes are drained
+      and lost.
+    type: bool
+    default: false
+  force_upgrade:
+    description: Whether a version upgrade goes on when a pod disruption budget holds pods back.
+    type: bool
+    default: false
+  purge:
+    description: Whether groups that this module made and that are no longer listed are deleted.
+    type: bool
+    default: true
+  wait_timeout:
+    description: Longest wait for one step, in seconds.
+    type: int
+    default: 2400
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Keep the node groups
+  eks_node_groups:
+    cluster_name: ray-llm-cluster
+    role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-node
+    subnet_ids: [subnet-1, subnet-2]
+    node_groups:
+      - {name: cpu, instance_types: [m5.2xlarge], min_size: 2, max_size: 5}
+      - name: gpu
+        instance_types: [g4dn.xlarge]
+        ami_type: AL2023_x86_64_NVIDIA
+        min_size: 1
+        max_size: 10
+        desired_size: 2
+        taints:
+          - {key: nvidia.com/gpu, value: present}
+"""
+
+RETURN = r"""
+actions:
+  description: What was (in check mode would be) done, in order, each with resource and property.
+  returned: always
+  type: list
+  elements: str
+node_groups:
+  description: Status of each group by name.
+  returned: always
+  type: dict
+"""
+
+from typing import Any
+
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_eks import ABSENT, health, minor, require_cluster, retag, wait_for_update
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+EFFECTS = {"NoSchedule": "NO_SCHEDULE", "NoExecute": "NO_EXECUTE", "PreferNoSchedule": "PREFER_NO_SCHEDULE"}
+BUSY = ("CREATING", "UPDATING", "DELETING")
+
+
+class NodeGroups:
+    """The node groups of one cluster: what is there, what is wanted, and the calls between the two."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.cluster_name: str = params["cluster_name"]
+        self.touched: list[str] = []
+
+    def reconcile(self) -> dict[str, Any]:
+        """Bring the set to its description and return the groups' status."""
+        self._refuse_nonsense()
+        cluster = require_cluster(self.api, self.changes, self.cluster_name)
+        have = self._observe() if cluster else {}
+        # Everything that must fail, fails before anything is changed.
+        replaced = [
+            group["name"]
+            for group in self.params["node_groups"]
+            if self._must_be_replaced(group, have.get(group["name"]))
+        ]
+        unwanted = self._unwanted(have)
+        self._delete({name: have[name] for name in [*replaced, *unwanted]})
+        for group in self.params["node_groups"]:
+            now = None if group["name"] in replaced else have.get(group["name"])
+            if now is None:
+                self._create(group)
+            else:
+                self._update(group, now, cluster["version"] if cluster else "")
+        self._wait_for_all()
+        return {"node_groups": {name: group["status"] for name, group in (self._observe() if cluster else {}).items()}}
+
+    def _refuse_nonsense(self) -> None:
+        names = [group["name"] for group in self.params["node_groups"]]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise PlatformError(f"node group named twice: {', '.join(doubled)}; give each its own name")
+        for group in self.params["node_groups"]:
+            low, high, desired = group["min_size"], group["max_size"], _desired(group)
+            if not 0 <= low <= desired <= high or high < 1:
+                raise PlatformError(
+                    f"node group {group['name']}: min {low}, desired {desired}, max {high} do not fit: 0 <= min <="
+                    " desired <= max and max >= 1"
+                )
+
+    def _observe(self) -> dict[str, dict[str, Any]]:
+        names = self.api.pages(
+            "list_nodegroups", "nodegroups", f"cluster {self.cluster_name}", clusterName=self.cluster_name
+        )
+        groups = {name: self._describe(name) for name in names}
+        return {name: group for name, group in groups.items() if group}
+
+    def _describe(self, name: str) -> dict[str, Any] | None:
+        answer = self.api.read(
+            "describe_nodegroup", f"node group {name}", absent=ABSENT, clusterName=self.cluster_name, nodegroupName=name
+        )
+        found: dict[str, Any] | None = answer["nodegroup"] if answer else None
+        return found
+
+    def _must_be_replaced(self, group: dict[str, Any], now: dict[str, Any] | None) -> bool:
+        if now is None:
+            return False
+        resource = f"node group {group['name']}"
+        if now["status"] in ("CREATE_FAILED", "DELETING"):
+            # It holds no node and never will.
+            return True
+        want = only_given(self._fixed(group))
+        have = {key: sorted(now[key]) if key == "subnets" else now.get(key) for key in want}
+        differing = [key for key in want if have[key] != want[key] and not str(want[key]).startswith(("<", "['<"))]
+        if differing and not self.params["replace"]:
+            detail = ", ".join(f"{key} {have[key]} -> {want[key]}" for key in differing)
+            raise PlatformError(
+                f"{resource} of {self.cluster_name}: {detail} cannot change in place. Give the group another name"
+                " (the new one is made, the old"
+                " one deleted), or set eks_node_groups_replace to true to delete it first and lose its nodes for"
+                " minutes"
+            )
+        return bool(differing)
+
+    def _unwanted(self, have: dict[str, dict[str, Any]]) -> list[str]:
+        if not self.params["purge"]:
+            return []
+        listed = {group["name"] for group in self.params["node_groups"]}
+        return [
+            name
+            for name, group in have.items()
+            if name not in listed and group.get("tags", {}).get(OWNER_TAG) == self.cluster_name
+        ]
+
+    def _delete(self, groups: dict[str, dict[str, Any]]) -> None:
+        for name, group in groups.items():
+            resource = f"node group {name}"
+            self.changes.delete(
+                resource, only_given({key: group.get(key) for key in ("instanceTypes", "amiType", "scalingConfig")})
+            )
+            if group["status"] != "DELETING":
+                self.api.write(
+                    "delete_nodegroup",
+                    resource,
+                    busy=self.params["wait_timeout"],
+                    clusterName=self.cluster_name,
+                    nodegroupName=name,
+                )
+        for name in groups:
+            if not self.changes.check_mode:
+                self._wait_until_gone(name)
+
+    def _wait_until_gone(self, name: str) -> None:
+        def probe() -> tuple[bool, str]:
+            group = self._describe(name)
+            if group and group["status"] == "DELETE_FAILED":
+                raise PlatformError(f"node group {name} could not be deleted: {health(group)}")
+            return group is None, f"status {group['status']}" if group else "gone"
+
+        wait_until(f"deletion of node group {name}", probe, self.params["wait_timeout"])
+
+    def _fixed(self, group: dict[str, Any]) -> dict[str, Any]:
+        templated = bool(group["launch_template"])
+        return {
+            "instanceTypes": group["instance_types"],
+            "amiType": group["ami_type"],
+            "capacityType": group["capacity_type"],
+            "diskSize": None if templated else group["disk_size"],
+            "subnets": sorted(group["subnet_ids"] or self.params["subnet_ids"]),
+            "nodeRole": group["role_arn"] or self.params["role_arn"],
+        }
+
+    def _tags(self, group: dict[str, Any]) -> dict[str, str]:
+        tags = {**self.params["tags"], **group["tags"]}
+        return {str(key): str(value) for key, value in tags.items()} | {OWNER_TAG: self.cluster_name}
+
+    def _create(self, group: dict[str, Any]) -> None:
+        resource = f"node group {group['name']}"
+        wanted = only_given(
+            {
+                **self._fixed(group),
+                "scalingConfig": {
+                    "minSize": group["min_size"],
+                    "maxSize": group["max_size"],
+                    "desiredSize": _desired(group),
+                },
+                "labels": _labels(group),
+                "taints": _taints(group),
+                "updateConfig": {"maxUnavailable": group["max_unavailable"]},
+                "launchTemplate": _template(group),
+                "releaseVersion": group["release_version"],
+                "tags": self._tags(group),
+            }
+        )
+        self.changes.create(resource, wanted)
+        self.api.write(
+            "create_nodegroup",
+            resource,
+            settle=90,
+            clusterName=self.cluster_name,
+            nodegroupName=group["name"],
+            **wanted,
+        )
+        self.touched.append(group["name"])
+
+    def _update(self, group: dict[str, Any], now: dict[str, Any], cluster_version: str) -> None:
+        resource = f"node group {group['name']}"
+        if now["status"] in BUSY and not self.changes.check_mode:
+            self._wait_until_active(group["name"])
+        config = {**self._scaling(resource, group, now), **self._labels_and_taints(resource, group, now)}
+        unavailable = now.get("updateConfig", {}).get("maxUnavailable")
+        # An emulator may not keep this; the real service always answers it.
+        if "updateConfig" in now and self.changes.update(
+            resource, {"max_unavailable": unavailable}, {"max_unavailable": group["max_unavailable"]}
+        ):
+            config["updateConfig"] = {"maxUnavailable": group["max_unavailable"]}
+        if config:
+            self._step("update_nodegroup_config", resource, group["name"], config)
+        retag(self.api, self.changes, resource, now["nodegroupArn"], now.get("tags", {}), self._tags(group))
+        self._upgrade(resource, group, now, cluster_version)
+        if now["status"] == "DEGRADED":
+            self.changes.warnings.append(f"{resource} is degraded: {health(now) or 'no reason given'}")
+
+    def _scaling(self, resource: str, group: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        scaling = now["scalingConfig"]
+        want = {"minSize": group["min_size"], "maxSize": group["max_size"]}
+        # The autoscaler owns the desired size; it is moved only as far as the new bounds demand.
+        inside = min(max(scaling["desiredSize"], want["minSize"]), want["maxSize"])
+        want["desiredSize"] = inside
+        return {"scalingConfig": want} if self.changes.update(resource, scaling, want) else {}
+
+    def _labels_and_taints(self, resource: str, group: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = {}
+        have, want = now.get("labels") or {}, _labels(group)
+        gone = sorted(set(have) - set(want))
+        if self.changes.update(resource, {"labels": have}, {"labels": want}):
+            config["labels"] = only_given({"addOrUpdateLabels": want, "removeLabels": gone})
+        held, wished = _ordered(now.get("taints") or []), _ordered(_taints(group))
+        if self.changes.update(resource, {"taints": held}, {"taints": wished}):
+            kept = {(taint["key"], taint["effect"]) for taint in wished}
+            dropped = [taint for taint in held if (taint["key"], taint["effect"]) not in kept]
+            config["taints"] = only_given({"addOrUpdateTaints": wished, "removeTaints": dropped})
+        return config
+
+    def _upgrade(self, resource: str, group: dict[str, Any], now: dict[str, Any], cluster_version: str) -> None:
+        wanted: dict[str, Any] = {}
+        version = now.get("version", "")
+        if version and cluster_version and minor(version) < minor(cluster_version):
+            # Nodes follow the control plane, never the other way round.
+            self.changes.update(resource, {"version": version}, {"version": cluster_version})
+            wanted["version"] = cluster_version
+        release = group["release_version"]
+        if release and self.changes.update(
+            resource, {"release_version": now.get("releaseVersion")}, {"release_version": release}
+        ):
+            wanted["releaseVersion"] = release
+        template = _template(group)
+        held = now.get("launchTemplate") or {}
+        pinned = template.get("version", "")
+        if pinned.isdigit() and self.changes.update(
+            resource, {"launch_template_version": held.get("version")}, {"launch_template_version": pinned}
+        ):
+            wanted["launchTemplate"] = template
+        if wanted:
+            self._step(
+                "update_nodegroup_version", resource, group["name"], {**wanted, "force": self.params["force_upgrade"]}
+            )
+
+    def _step(self, operation: str, resource: str, name: str, arguments: dict[str, Any]) -> None:
+        update = self.api.write(
+            operation,
+            resource,
+            busy=self.params["wait_timeout"],
+            clusterName=self.cluster_name,
+            nodegroupName=name,
+            **arguments,
+        )
+        wait_for_update(
+            self.api, resource, update, self.params["wait_timeout"], name=self.cluster_name, nodegroupName=name
+        )
+
+    def _wait_for_all(self) -> None:
+        for name in self.touched:
+            if not self.changes.check_mode:
+                self._wait_until_active(name)
+
+    def _wait_until_active(self, name: str) -> None:
+        def probe() -> tuple[bool, str]:
+            group = self._describe(name)
+            if group is None:
+                return False, "not listed yet"
+            if group["status"].endswith("_FAILED"):
+                raise PlatformError(
+                    f"node group {name} of {self.cluster_name}: {group['status']}: {health(group) or 'no reason given'}"
+                )
+            return group["status"] in ("ACTIVE", "DEGRADED"), f"status {group['status']} {health(group)}".strip()
+
+        wait_until(f"node group {name}", probe, self.params["wait_timeout"])
+
+
+def _desired(group: dict[str, Any]) -> int:
+    return int(group["min_size"] if group["desired_size"] is None else group["desired_size"])
+
+
+def _labels(group: dict[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in group["labels"].items()}
+
+
+def _taints(group: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"key": taint["key"], "value": taint["value"], "effect": EFFECTS[taint["effect"]]} for taint in group["taints"]
+    ]
+
+
+def _ordered(taints: list[dict[str, str]]) -> list[dict[str, str]]:
+    full = [{"key": taint["key"], "value": taint.get("value", ""), "effect": taint["effect"]} for taint in taints]
+    return sorted(full, key=lambda taint: (taint["key"], taint["effect"]))
+
+
+def _template(group: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in group["launch_template"].items() if key in ("name", "id", "version")}
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    return NodeGroups(module.params, Api(module.client("eks"), changes), changes).reconcile()
+
+
+def argument_spec() -> dict[str, Any]:
+    """Return the parameters; the group's suboptions are long enough for a function of their own."""
+    texts = {"type": "list", "elements": "str", "default": []}
+    taint = {
+        "key": {"type": "str", "required": True},
+        "value": {"type": "str", "default": ""},
+        "effect": {"type": "str", "choices": list(EFFECTS), "default": "NoSchedule"},
+    }
+    group = {
+        "name": {"type": "str", "required": True},
+        "instance_types": {**texts, "default": ["m5.2xlarge"]},
+        "ami_type": {"type": "str", "default": "AL2023_x86_64_STANDARD"},
+        "capacity_type": {"type": "str", "choices": ["ON_DEMAND", "SPOT", "CAPACITY_BLOCK"], "default": "ON_DEMAND"},
+        "min_size": {"type": "int", "default": 0},
+        "max_size": {"type": "int", "required": True},
+        "desired_size": {"type": "int"},
+        "disk_size": {"type": "int", "default": 100},
+        "labels": {"type": "dict", "default": {}},
+        "taints": {"type": "list", "elements": "dict", "default": [], "options": taint},
+        "subnet_ids": texts,
+        "role_arn": {"type": "str", "default": ""},
+        "launch_template": {"type": "dict", "default": {}},
+        "release_version": {"type": "str", "default": ""},
+        "max_unavailable": {"type": "int", "default": 1},
+        "tags": {"type": "dict", "default": {}},
+    }
+    return {
+        "cluster_name": {"type": "str", "required": True},
+        "node_groups": {"type": "list", "elements": "dict", "default": [], "options": group},
+        "role_arn": {"type": "str", "default": ""},
+        "subnet_ids": texts,
+        "tags": {"type": "dict", "default": {}},
+        "replace": {"type": "bool", "default": False},
+        "force_upgrade": {"type": "bool", "default": False},
+        "purge": {"type": "bool", "default": True},
+        "wait_timeout": {"type": "int", "default": 2400},
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    run(AnsibleAWSModule(argument_spec=argument_spec(), supports_check_mode=True), reconcile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: which pods of an EKS cluster have which IAM role."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: eks_pod_identities
+short_description: Reconcile the pod identity associations of an EKS cluster as one set
+description:
+  - Gives Kubernetes service accounts their IAM roles through EKS Pod Identity, in one call.
+  - Associations that this module did not make (an add-on's own) are left alone.
+options:
+  cluster_name:
+    description: Name of the cluster.
+    type: str
+    required: true
+  associations:
+    description: The associations.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      namespace:
+        description: Namespace of the service account.
+        type: str
+        required: true
+      service_account:
+        description: Name of the service account.
+        type: str
+        required: true
+      role_arn:
+        description: IAM role that its pods get, as ARN or by a name in O(role_arns).
+        type: str
+        required: true
+  role_arns:
+    description: ARNs of roles by name, for roles given by name.
+    type: dict
+    default: {}
+  tags:
+    description: Tags of every association.
+    type: dict
+    default: {}
+  purge:
+    description: Whether associations that this module made and that are no longer listed are removed.
+    type: bool
+    default: true
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Let the Ray pods read the models
+  eks_pod_identities:
+    cluster_name: ray-llm-cluster
+    associations:
+      - namespace: rayplane
+        service_account: ray
+        role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-models-reader
+"""
+
+RETURN = r"""
+actions:
+  description: What was (in check mode would be) done, in order, each with resource and property.
+  returned: always
+  type: list
+  elements: str
+"""
+
+from typing import Any
+
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, run
+from ansible.module_utils.rayplane_eks import ABSENT, require_cluster, resolve_role, retag
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+Account = tuple[str, str]
+
+
+class PodIdentities:
+    """The pod identity associations of one cluster: what is there, what is wanted, and the calls between the two."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.cluster_name: str = params["cluster_name"]
+        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
+
+    def reconcile(self) -> dict[str, Any]:
+        """Bring the set to its description."""
+        cluster = require_cluster(self.api, self.changes, self.cluster_name)
+        have = self._observe() if cluster else {}
+        listed: set[Account] = set()
+        for association in self.params["associations"]:
+            account = (association["namespace"], association["service_account"])
+            if account in listed:
+                raise PlatformError(f"{_name(account)} is listed twice: a service account has one role")
+            listed.add(account)
+            role_arn = resolve_role(association["role_arn"], self.params["role_arns"])
+            self._reconcile_one(account, role_arn, have.get(account))
+        if self.params["purge"]:
+            for account, now in have.items():
+                if account not in listed and now.get("tags", {}).get(OWNER_TAG) == self.cluster_name:
+                    self.changes.delete(_name(account), {"role_arn": now["roleArn"]})
+                    self._write("delete_pod_identity_association", account, associationId=now["associationId"])
+        return {}
+
+    def _observe(self) -> dict[Account, dict[str, Any]]:
+        summaries = self.api.pages(
+            "list_pod_identity_associations",
+            "associations",
+            f"cluster {self.cluster_name}",
+            clusterName=self.cluster_name,
+        )
+        found: dict[Account, dict[str, Any]] = {}
+        for summary in summaries:
+            account = (summary["namespace"], summary["serviceAccount"])
+            answer = self.api.read(
+                "describe_pod_identity_association",
+                _name(account),
+                absent=ABSENT,
+                clusterName=self.cluster_name,
+                associationId=summary["associationId"],
+            )
+            if answer:
+                found[account] = answer["association"]
+        return found
+
+    def _reconcile_one(self, account: Account, role_arn: str, now: dict[str, Any] | None) -> None:
+        resource = _name(account)
+        if now is None:
+            self.changes.create(resource, {"role_arn": role_arn, "tags": self.tags})
+            namespace, service_account = account
+            self._write(
+                "create_pod_identity_association",
+                account,
+                namespace=namespace,
+                serviceAccount=service_account,
+                roleArn=role_arn,
+                tags=self.tags,
+            )
+            return
+        if self.changes.update(resource, {"role_arn": now["roleArn"]}, {"role_arn": role_arn}):
+            self._write(
+                "update_pod_identity_association", account, associationId=now["associationId"], roleArn=role_arn
+            )
+        retag(self.api, self.changes, resource, now["associationArn"], now.get("tags", {}), self.tags)
+
+    def _write(self, operation: str, account: Account, **arguments: Any) -> None:
+        # A role made a moment ago is not known to EKS at once.
+        self.api.write(operation, _name(account), settle=90, clusterName=self.cluster_name, **arguments)
+
+
+def _name(account: Account) -> str:
+    return f"pod identity {account[0]}/{account[1]}"
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    return PodIdentities(module.params, Api(module.client("eks"), changes), changes).reconcile()
+
+
+def main() -> None:
+    """Run the module."""
+    association = {
+        "namespace": {"type": "str", "required": True},
+        "service_account": {"type": "str", "required": True},
+        "role_arn": {"type": "str", "required": True},
+    }
+    module = AnsibleAWSModule(
+        argument_spec={
+            "cluster_name": {"type": "str", "required": True},
+            "associations": {"type": "list", "elements": "dict", "default": [], "options": association},
+            "role_arns": {"type": "dict", "default": {}},
+            "tags": {"type": "dict", "default": {}},
+            "purge": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
+    )
+    run(module, reconcile)
+
+
+if __name__ == "__main__":
+    main()

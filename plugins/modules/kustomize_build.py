@@ -1,0 +1,175 @@
+#!/usr/bin/python
+"""Build a kustomization into a file of objects for k8s_apply_set."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: kustomize_build
+short_description: Build a kustomization into a JSON file of objects
+description:
+  - Runs C(kubectl kustomize) and fits the result to the cluster (namespace, image, resources, arguments of its Deployment).
+  - The result is kept under a name made of everything it depends on, so a rerun builds nothing. Nothing but that cache is written.
+options:
+  source:
+    description: A folder with a kustomization, or an address that kustomize fetches. An address is taken to be pinned by its C(ref).
+    type: str
+    required: true
+  cache_dir:
+    description: Folder for built kustomizations.
+    type: path
+    required: true
+  kubectl:
+    description: The kubectl to run.
+    type: str
+    default: kubectl
+  namespace:
+    description: Namespace of all namespaced objects, and of the subjects of role bindings.
+    type: str
+    required: true
+  deployment:
+    description: >-
+      Overrides for the kustomization's Deployment: C(image), C(replicas), C(resources), C(env), C(node_selector), C(tolerations),
+      C(feature_gates) (name to bool), C(args).
+    type: dict
+    default: {}
+author: [rayplane]
+attributes:
+  check_mode:
+    support: full
+    description: Builds as otherwise; only the cache is written.
+"""
+
+EXAMPLES = r"""
+- name: Build the operator's objects
+  kustomize_build:
+    source: https://github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.6.0
+    cache_dir: /var/cache/rayplane/kustomize
+    namespace: kuberay-system
+    deployment: {replicas: 2}
+"""
+
+RETURN = r"""
+path:
+  description: The JSON file with the list of objects.
+  type: str
+  returned: always
+deployments:
+  description: Names of the Deployments in it.
+  type: list
+  returned: always
+crds:
+  description: Names of the CustomResourceDefinitions in it.
+  type: list
+  returned: always
+"""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kube_api import load_yaml
+
+Json = dict[str, Any]
+
+
+def source_state(source: str) -> str:
+    """What stands for the source's content: for a folder, names, sizes and times of its tree; for an address, itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    # A kustomization refers to its neighbours (../crd), so the tree starts one level up.
+    files = sorted(path for path in folder.resolve().parent.rglob("*") if path.is_file())
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def fit(objects: list[Json], namespace: str, deployment: Json, cluster_scoped: set[str]) -> list[Json]:
+    """Put the objects into ``namespace`` and lay ``deployment`` over the Deployments."""
+    for item in objects:
+        if item["kind"] not in cluster_scoped:
+            item["metadata"]["namespace"] = namespace
+        for subject in item.get("subjects") or []:
+            if subject.get("kind") == "ServiceAccount":
+                subject["namespace"] = namespace
+        if item["kind"] == "Deployment":
+            _fit_deployment(item["spec"], deployment)
+    return objects
+
+
+def _fit_deployment(spec: Json, wanted: Json) -> None:
+    pod = spec["template"]["spec"]
+    container = pod["containers"][0]
+    for key in ("image", "resources", "env", "args"):
+        if wanted.get(key):
+            container[key] = wanted[key]
+    if wanted.get("replicas") is not None:
+        spec["replicas"] = wanted["replicas"]
+    if wanted.get("feature_gates"):
+        gates = ",".join(f"{name}={str(on).lower()}" for name, on in sorted(wanted["feature_gates"].items()))
+        others = [arg for arg in container.get("args") or [] if not arg.startswith("--feature-gates")]
+        container["args"] = [*others, f"--feature-gates={gates}"]
+    if spec.get("replicas", 1) > 1 and "--enable-leader-election" not in (container.get("args") or []):
+        container["args"] = [*(container.get("args") or []), "--enable-leader-election"]
+    for key, name in (("node_selector", "nodeSelector"), ("tolerations", "tolerations")):
+        if wanted.get(key):
+            pod[name] = wanted[key]
+
+
+CLUSTER_SCOPED = {
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+    "MutatingWebhookConfiguration",
+    "Namespace",
+    "PriorityClass",
+    "ValidatingWebhookConfiguration",
+}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "source": {"type": "str", "required": True},
+            "cache_dir": {"type": "path", "required": True},
+            "kubectl": {"type": "str", "default": "kubectl"},
+            "namespace": {"type": "str", "required": True},
+            "deployment": {"type": "dict", "default": {}},
+        },
+        supports_check_mode=True,
+    )
+    given = module.params
+    key = json.dumps([source_state(given["source"]), given["namespace"], given["deployment"], 1], sort_keys=True)
+    path = Path(given["cache_dir"]) / f"kustomize-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        objects = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        command = [given["kubectl"], "kustomize", given["source"]]
+        try:
+            built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            module.fail_json(msg=f"{' '.join(command)}: {error}")
+        if built.returncode != 0:
+            module.fail_json(
+                msg=f"{' '.join(command)} failed: {built.stderr.strip()[-1500:]} (source {given['source']} has to be a folder with "
+                "a kustomization, or an address that git can fetch from here)"
+            )
+        objects = fit(load_yaml(built.stdout), given["namespace"], given["deployment"], CLUSTER_SCOPED)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(objects), encoding="utf-8")
+        temporary.replace(path)
+    names = {
+        kind: sorted(item["metadata"]["name"] for item in objects if item["kind"] == kind)
+        for kind in ("Deployment", "CustomResourceDefinition")
+    }
+    module.exit_json(
+        changed=False, path=str(path), deployments=names["Deployment"], crds=names["CustomResourceDefinition"]
+    )
+
+
+if __name__ == "__main__":
+    main()

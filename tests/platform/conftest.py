@@ -1,0 +1,146 @@
+"""Fixtures of the tests that need a real platform: they bring up the local one, deploy, break, and take it down."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane")
+ENDPOINT = "http://127.0.0.1:30080/v1"
+AWS = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:4566",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-west-2",
+    "AWS_DEFAULT_REGION": "us-west-2",
+}
+RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give these tests the time they need, and skip, by name, what only root can do."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(2400))
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="the local platform needs root"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished command: its exit status, everything it printed, and its wall time in seconds."""
+
+    returncode: int
+    output: str
+    seconds: float
+
+    @property
+    def changed(self) -> int:
+        """The sum of `changed` over the hosts of the recap."""
+        return sum(int(row[2]) for row in RECAP.findall(self.output))
+
+    @property
+    def failed(self) -> int:
+        """The sum of `failed` and `unreachable` over the hosts of the recap."""
+        return sum(int(row[3]) + int(row[4]) for row in RECAP.findall(self.output))
+
+    def changed_tasks(self) -> list[str]:
+        """The names of the tasks that reported a change, as the terminal shows them."""
+        names: list[str] = []
+        task = ""
+        for line in self.output.splitlines():
+            if match := re.match(r"TASK \[(.*?)\] \**", line):
+                task = match.group(1)
+            elif line.startswith("changed:"):
+                names.append(task)
+        return names
+
+    def expect_success(self) -> Run:
+        """Fail the test, with the end of the output, unless the command succeeded."""
+        assert self.returncode == 0, f"exit status {self.returncode} after {self.seconds:.0f} s\n{self.output[-6000:]}"
+        return self
+
+
+Runner = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def run(request: pytest.FixtureRequest) -> Runner:
+    """Run a command in the project's folder; what it prints is shown as it comes: a long step is seen to move."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def _run(*command: str, env: dict[str, str] | None = None, timeout: float = 2400) -> Run:
+        start = time.monotonic()
+        lines: list[str] = []
+        with capture.global_and_fixture_disabled():
+            sys.stdout.write(f"\n$ {' '.join(command)}\n")
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                sys.stdout.write(f"  | {line}")
+                sys.stdout.flush()
+                if time.monotonic() - start > timeout:
+                    process.kill()
+            returncode = process.wait()
+        return Run(returncode, "".join(lines), time.monotonic() - start)
+
+    return _run
+
+
+@pytest.fixture(scope="session")
+def make(run: Runner) -> Runner:
+    """Run one of the README's commands, with arguments for ansible-playbook and another inventory where given."""
+
+    def _make(target: str, arguments: str = "", inventory: str = "", env: dict[str, str] | None = None) -> Run:
+        settings = [f"ARGS={arguments}"] if arguments else []
+        settings += [f"INVENTORY={inventory}"] if inventory else []
+        return run("make", "--no-print-directory", target, *settings, env=env)
+
+    return _make
+
+
+@pytest.fixture(scope="session")
+def platform(run: Runner, make: Runner) -> Iterator[Path]:
+    """A fresh local platform with nothing deployed; yields its kubeconfig. What was deployed there before is gone."""
+    make("local-down").expect_success()
+    run("ansible-playbook", "playbooks/local_up.yml").expect_success()
+    yield HOME / "state/kubeconfig"
+    make("local-down").expect_success()
+
+
+@pytest.fixture(scope="session")
+def deployed(platform: Path, make: Runner) -> Path:
+    """The local platform with everything that the local inventory declares; yields its kubeconfig."""
+    make("deploy").expect_success()
+    return platform
+
+
+@pytest.fixture(scope="session")
+def kubectl(run: Runner) -> Callable[..., str]:
+    """Call kubectl on the local cluster and return what it printed."""
+
+    def _kubectl(*arguments: str) -> str:
+        command = [str(HOME / "bin/kubectl"), "--kubeconfig", str(HOME / "state/kubeconfig"), *arguments]
+        finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    return _kubectl

@@ -1,0 +1,232 @@
+"""The main path: a plan on an empty platform, a deployment that answers, idle reruns, repairs, failures, removal.
+
+The tests of this file build on one another and run in the order in which they stand here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import openai
+import pytest
+
+from .conftest import AWS, ENDPOINT, HOME, Runner
+
+MODEL = "smollm2-135m-instruct"
+NAMESPACE = "rayplane"
+Kubectl = Callable[..., str]
+
+
+def aws(service: str):  # type: ignore[no-untyped-def]
+    """A boto3 client of the local AWS endpoint."""
+    return boto3.client(
+        service,
+        endpoint_url=AWS["AWS_ENDPOINT_URL"],
+        region_name=AWS["AWS_REGION"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+
+
+def our_vpcs() -> list[dict[str, object]]:
+    """The VPCs of the local cluster."""
+    filters = [{"Name": "tag:Cluster", "Values": ["ray-llm-cluster-local"]}]
+    return list(aws("ec2").describe_vpcs(Filters=filters)["Vpcs"])
+
+
+def ask(prompt: str = "What is the capital of France?", timeout: float = 60) -> str:
+    """One deterministic answer of the local model, through the openai package."""
+    client = openai.OpenAI(base_url=ENDPOINT, api_key="none", max_retries=0, timeout=timeout)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=32
+    )
+    return answer.choices[0].message.content or ""
+
+
+def seconds_until_answer(limit: float) -> float:
+    """How long until the model answers again, in seconds; fails the test after `limit`."""
+    start = time.monotonic()
+    while True:
+        try:
+            assert "Paris" in ask(timeout=20)
+            return time.monotonic() - start
+        except openai.OpenAIError:
+            if time.monotonic() - start > limit:
+                raise
+            time.sleep(2)
+
+
+def test_plan_of_an_empty_platform_predicts_and_changes_nothing(platform: Path, make: Runner, kubectl: Kubectl) -> None:
+    plan = make("plan").expect_success()
+    assert plan.changed > 0
+    assert "RayService" in plan.output
+    assert our_vpcs() == []
+    assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
+
+
+def test_deploy_ends_with_a_real_answer(platform: Path, make: Runner) -> None:
+    deploy = make("deploy").expect_success()
+    assert deploy.changed > 0
+    assert ENDPOINT in deploy.output
+    assert "Paris" in ask()
+
+
+def test_second_deploy_changes_nothing(deployed: Path, make: Runner) -> None:
+    again = make("deploy").expect_success()
+    assert again.changed_tasks() == []
+    assert again.changed == 0
+
+
+def test_plan_after_deploy_is_empty(deployed: Path, make: Runner) -> None:
+    plan = make("plan").expect_success()
+    assert plan.changed_tasks() == []
+
+
+def test_any_openai_client_works(deployed: Path) -> None:
+    client = openai.OpenAI(base_url=ENDPOINT, api_key="none")
+    assert [model.id for model in client.models.list()] == [MODEL]
+    chat = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Say hello."}], temperature=0, max_tokens=16
+    )
+    assert chat.choices[0].finish_reason in {"stop", "length"}
+    assert chat.usage is not None
+    assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
+    completion = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=8)
+    assert "5" in completion.choices[0].text
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            temperature=0,
+            max_tokens=32,
+            stream=True,
+        )
+        if chunk.choices
+    ]
+    assert len(pieces) > 1
+    assert "".join(pieces) == ask()
+
+
+def test_curl_reads_the_same_answer(deployed: Path) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{ENDPOINT}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert "Paris" in json.load(response)["choices"][0]["message"]["content"]
+
+
+def test_unknown_model_gets_an_openai_error(deployed: Path) -> None:
+    client = openai.OpenAI(base_url=ENDPOINT, api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="absent", messages=[{"role": "user", "content": "hello"}])
+
+
+def test_nothing_listens_beyond_this_machine(deployed: Path) -> None:
+    """The API of the models and the AWS endpoint are on loopback and the platform's own address only."""
+    sockets = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
+    wide = [
+        line.split()[3]
+        for line in sockets.splitlines()
+        if line.split()[3].startswith(("0.0.0.0:4566", "*:4566", "0.0.0.0:30080"))
+    ]
+    assert wide == []
+
+
+def test_manual_changes_are_repaired_and_named(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
+    ec2 = aws("ec2")
+    subnet = ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [str(our_vpcs()[0]["VpcId"])]}])["Subnets"][0]
+    ec2.delete_tags(Resources=[subnet["SubnetId"]], Tags=[{"Key": "Environment"}])
+    service = json.loads(kubectl("get", "rayservice", "rayplane", "-n", NAMESPACE, "-o", "json"))
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    patch = [
+        {
+            "op": "replace",
+            "path": "/spec/rayClusterConfig/workerGroupSpecs/0/maxReplicas",
+            "value": int(group["maxReplicas"]) + 1,
+        }
+    ]
+    kubectl("patch", "rayservice", "rayplane", "-n", NAMESPACE, "--type=json", "-p", json.dumps(patch))
+    repair = make("deploy", "--diff").expect_success()
+    names = repair.changed_tasks()
+    assert any(name.startswith("network") for name in names)
+    assert any(name.startswith("rayservice") for name in names)
+    assert not [name for name in names if not name.startswith(("network", "rayservice"))]
+    assert "maxReplicas" in repair.output
+    assert make("deploy").expect_success().changed == 0
+
+
+def test_worker_pod_killed_comes_back(deployed: Path, kubectl: Kubectl) -> None:
+    kubectl("delete", "pod", "-n", NAMESPACE, "-l", "ray.io/node-type=worker", "--grace-period=0", "--force")
+    assert seconds_until_answer(420) < 420
+
+
+def test_kubelet_killed_comes_back(deployed: Path, kubectl: Kubectl) -> None:
+    pid = supervised("kubelet")
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while supervised("kubelet") in (0, pid):
+        assert time.monotonic() < deadline, "the kubelet was not restarted"
+        time.sleep(1)
+    assert seconds_until_answer(120) < 120
+
+
+def supervised(name: str) -> int:
+    """The process id of a supervised process of the local platform, 0 while it does not run."""
+    ctl = [
+        str(next((HOME / "parts").glob("services-*/bin/supervisorctl"))),
+        "-c",
+        str(HOME / "state/supervisor/supervisord.conf"),
+        "pid",
+        name,
+    ]
+    answer = subprocess.run(ctl, check=False, capture_output=True, text=True, timeout=20).stdout.strip()
+    return int(answer) if answer.isdigit() else 0
+
+
+def test_aws_endpoint_killed_loses_nothing(deployed: Path, make: Runner) -> None:
+    before = our_vpcs()[0]["VpcId"]
+    pid = supervised("emulator")
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while supervised("emulator") in (0, pid):
+        assert time.monotonic() < deadline, "the AWS endpoint was not restarted"
+        time.sleep(1)
+    again = make("deploy").expect_success()
+    assert our_vpcs()[0]["VpcId"] == before
+    assert again.changed_tasks() == []
+
+
+@pytest.mark.parametrize("scenario", ["aws", "kubernetes"])
+def test_molecule(deployed: Path, run: Runner, scenario: str) -> None:
+    environment = {**AWS, "K8S_AUTH_KUBECONFIG": str(deployed)}
+    run("molecule", "test", "--scenario-name", scenario, env=environment).expect_success()
+
+
+def test_existing_cluster_is_served_by_the_same_playbook(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
+    """inventories/existing needs a kubeconfig and nothing else; here it is planned against the local cluster."""
+    plan = make("plan", inventory="inventories/existing", env={"KUBECONFIG": str(deployed)})
+    plan.expect_success()
+    assert plan.changed > 0
+
+
+def test_destroy_removes_what_deploy_made(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
+    make("destroy").expect_success()
+    assert our_vpcs() == []
+    assert aws("eks").list_clusters()["clusters"] == []
+    assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
+    assert "ray-llm-cluster-local-models" in [bucket["Name"] for bucket in aws("s3").list_buckets()["Buckets"]]
+    assert make("destroy").expect_success().changed == 0

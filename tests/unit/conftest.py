@@ -1,0 +1,13 @@
+"""Puts the project's plugins on the import path, under the names that Ansible gives them."""
+
+import sys
+from pathlib import Path
+
+import ansible.module_utils
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+for _folder in ("plugins/filter", "plugins/modules", "plugins/action", "plugins/callback", "tools"):
+    sys.path.insert(0, str(PROJECT / _folder))
+# Shared code is imported as `ansible.module_utils.<name>`, in tests as in a run.
+ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))

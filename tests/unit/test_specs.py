@@ -1,0 +1,247 @@
+"""Every role: defaults and specs agree, names carry the prefix, READMEs are up to date; all YAML parses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spec_docs
+import yaml
+from conftest import PROJECT
+
+ROLES = sorted(path.name for path in (PROJECT / "roles").iterdir() if path.is_dir())
+PLAYBOOKS = sorted(path.name for path in (PROJECT / "playbooks").glob("*.yml"))
+INVENTORIES = sorted(path.name for path in (PROJECT / "inventories").iterdir() if path.is_dir())
+LONGEST_TABLE_OF_CONTENTS = 8
+#: Folders of YAML that are ours.
+YAML_FOLDERS = (
+    ".config",
+    "collections",
+    "group_vars",
+    "inventories",
+    "molecule",
+    "playbooks",
+    "roles",
+    "tests",
+    "tools",
+)
+
+
+def load(*parts: str) -> Any:
+    """A YAML file of the project; empty where there is none."""
+    file = PROJECT.joinpath(*parts)
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
+
+
+def options_of(role: str) -> dict[str, Any]:
+    """Options of the role's main entry point."""
+    spec: dict[str, Any] = (
+        load("roles", role, "meta", "argument_specs.yml")["argument_specs"]["main"].get("options") or {}
+    )
+    return spec
+
+
+def run_ansible(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Ansible's programs in the project, with the settings of its ansible.cfg."""
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    return subprocess.run(
+        command,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+    )
+
+
+# --- roles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_and_specs_agree(role: str) -> None:
+    defaults, options = load("roles", role, "defaults", "main.yml"), options_of(role)
+    assert set(defaults) == {name for name, option in options.items() if not option.get("required")}
+    assert {name: options[name].get("default") for name in defaults} == defaults
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_variables_carry_the_roles_name(role: str) -> None:
+    internals = load("roles", role, "vars", "main.yml")
+    assert [name for name in options_of(role) if not name.startswith(f"{role}_")] == []
+    assert [name for name in internals if not name.startswith(f"__{role}_")] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_option_is_described(role: str) -> None:
+    def check(options: dict[str, Any], path: str) -> None:
+        for name, option in options.items():
+            assert option.get("description"), f"{path}{name} has no description"
+            assert option.get("type"), f"{path}{name} has no type"
+            check(option.get("options") or {}, f"{path}{name}.")
+
+    check(options_of(role), "")
+    assert load("roles", role, "meta", "argument_specs.yml")["argument_specs"]["main"]["short_description"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_tasks_main_is_a_table_of_contents(role: str) -> None:
+    tasks = load("roles", role, "tasks", "main.yml")
+    assert tasks, f"roles/{role}/tasks/main.yml is missing"
+    assert len(tasks) <= LONGEST_TABLE_OF_CONTENTS
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_roles_depend_on_no_role(role: str) -> None:
+    assert not load("roles", role, "meta", "main.yml").get("dependencies")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_facts_for_other_roles_are_known_to_preflight(role: str) -> None:
+    """A fact with a role's prefix would otherwise be reported as a misspelt variable in a later play."""
+    from rayplane_preflight import FACTS
+
+    facts: set[str] = set()
+
+    def collect(tasks: Any) -> None:
+        for task in tasks or ():
+            facts.update(name for name in task.get("ansible.builtin.set_fact") or {} if name != "cacheable")
+            for section in ("block", "rescue", "always"):
+                collect(task.get(section))
+
+    for file in sorted((PROJECT / "roles" / role / "tasks").rglob("*.yml")):
+        collect(yaml.safe_load(file.read_text(encoding="utf-8")))
+    known = set(FACTS) | set(options_of(role))
+    assert [name for name in sorted(facts) if name.startswith(f"{role}_") and name not in known] == []
+
+
+# --- shared variables ------------------------------------------------------------------------------------------------
+
+
+def test_shared_variables_are_described() -> None:
+    described = load("roles", "preflight", "vars", "main.yml")["__preflight_shared_options"]
+    shared = {name for name in load("group_vars", "shared.yml") if not name.startswith("ansible_")}
+    assert shared | {"platform"} == set(described)
+
+
+# --- READMEs ---------------------------------------------------------------------------------------------------------
+
+
+def test_readmes_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert spec_docs.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_tables_hold_nested_options_and_choices() -> None:
+    options = {
+        "x_list": {
+            "type": "list",
+            "elements": "dict",
+            "required": True,
+            "description": ["A list | of things.", "More."],
+            "options": {"kind": {"choices": ["a", "b"], "default": "a"}},
+        },
+        "x_empty": {"type": "str", "default": "", "description": "Empty."},
+        "x_none": {"type": "int", "default": None, "description": "Nothing."},
+    }
+    assert spec_docs.table(options).splitlines()[2:] == [
+        "| `x_list` | list of dict | required | A list \\| of things. More. |",
+        "| `x_list[].kind` | str | `a` | One of `a`, `b`. |",
+        '| `x_empty` | str | `""` | Empty. |',
+        "| `x_none` | int |  | Nothing. |",
+    ]
+
+
+def test_only_the_marked_section_is_touched(tmp_path: Path) -> None:
+    role = tmp_path / "roles" / "demo"
+    (role / "meta").mkdir(parents=True)
+    spec = {"argument_specs": {"main": {"short_description": "Shows", "description": ["One."], "options": {}}}}
+    (role / "meta" / "argument_specs.yml").write_text(yaml.safe_dump(spec), encoding="utf-8")
+    arguments = ["--project", str(tmp_path)]
+    readme = role / "README.md"
+    assert spec_docs.main([*arguments, "--check"]) == 1
+    assert not readme.exists()
+    assert spec_docs.main(arguments) == 0
+    begun = readme.read_text(encoding="utf-8")
+    assert begun.startswith("# demo\n\nShows.\n\n- One.\n\n## Variables\n")
+    readme.write_text(
+        begun.replace("- One.", "By hand.").replace("| Variable", "| Stale") + "\nAfter.\n", encoding="utf-8"
+    )
+    assert spec_docs.main([*arguments, "--check"]) == 1
+    assert spec_docs.main(arguments) == 0
+    assert readme.read_text(encoding="utf-8") == begun.replace("- One.", "By hand.") + "\nAfter.\n"
+    assert spec_docs.main([*arguments, "--check"]) == 0
+
+
+# --- playbooks and inventories ---------------------------------------------------------------------------------------
+
+
+def yaml_files() -> list[Path]:
+    found = [path for folder in YAML_FOLDERS for path in (PROJECT / folder).rglob("*.yml")]
+    found += [PROJECT / "inventories" / name / "hosts" for name in INVENTORIES]
+    return sorted(path for path in found if "tools/go" not in str(path))
+
+
+def test_every_yaml_file_parses() -> None:
+    class Loader(yaml.SafeLoader):
+        """Knows Ansible's own tags, and refuses a key given twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key) for key, _ in node.value]
+            assert len(keys) == len(set(keys)), f"a key twice {node.start_mark}"
+            return super().construct_mapping(node, deep)
+
+    for tag in ("!vault", "!unsafe"):
+        Loader.add_constructor(tag, lambda loader, node: loader.construct_scalar(node))
+    for file in yaml_files():
+        yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
+
+
+def test_playbooks_parse() -> None:
+    playbooks = [f"playbooks/{name}" for name in PLAYBOOKS]
+    result = run_ansible("ansible-playbook", "--syntax-check", "-i", "inventories/local", *playbooks)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@functools.cache
+def inventory(name: str) -> dict[str, Any]:
+    result = run_ansible("ansible-inventory", "-i", f"inventories/{name}", "--list")
+    assert result.returncode == 0, result.stderr
+    listed: dict[str, Any] = json.loads(result.stdout)
+    return listed
+
+
+@pytest.mark.parametrize("name", INVENTORIES)
+def test_inventories_link_the_shared_variables(name: str) -> None:
+    link = PROJECT / "inventories" / name / "group_vars" / "all" / "00_shared.yml"
+    assert link.is_symlink()
+    assert link.resolve() == PROJECT / "group_vars" / "shared.yml"
+    assert not link.readlink().is_absolute()
+
+
+@pytest.mark.parametrize("name", INVENTORIES)
+def test_inventories_load_and_every_cluster_states_its_platform(name: str) -> None:
+    listed = inventory(name)
+    clusters = listed["clusters"]["hosts"]
+    assert clusters
+    for host in clusters:
+        assert listed["_meta"]["hostvars"][host]["platform"] in ("aws", "gcp", "azure", "existing")
+        assert listed["_meta"]["hostvars"][host]["ansible_connection"] == "local"
+
+
+@pytest.mark.parametrize("name", INVENTORIES)
+def test_preflight_finds_nothing_wrong_in_our_own_inventories(name: str) -> None:
+    result = run_ansible(
+        "ansible-playbook",
+        "-i",
+        f"inventories/{name}",
+        "playbooks/validate.yml",
+        "-e",
+        '{"preflight_scope": "declared"}',
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

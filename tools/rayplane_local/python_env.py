@@ -1,0 +1,90 @@
+"""Python environments from locked requirements: the one that serves, and the one of the platform's services."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from .errors import PlatformError
+from .keys import content_key, link
+from .progress import Step
+from .settings import TOOLS, Settings
+from .shell import run_long
+
+# Pods mount the serving environment, and their image (Debian 12, as this machine) has its interpreter at the same path.
+INTERPRETER = Path("/usr/bin/python3.11")
+RECIPE = 1
+
+
+def find_uv(settings: Settings) -> Path | None:
+    """uv: named by the environment, on the PATH, or where `make` put it."""
+    for candidate in (os.environ.get("UV"), shutil.which("uv"), settings.home / "uv" / "bootstrap" / "bin" / "uv"):
+        if candidate and Path(candidate).is_file():
+            return Path(candidate)
+    return None
+
+
+def requirements(name: str) -> Path:
+    return TOOLS / name / "requirements.txt"
+
+
+def key(name: str) -> str:
+    return content_key(RECIPE, name, str(INTERPRETER), files=[requirements(name)])
+
+
+def folder(settings: Settings, name: str) -> Path:
+    """Where the environment of that name lies once it is whole."""
+    root = settings.home / "serve" if name == "serve" else settings.parts
+    return root / (key(name) if name == "serve" else f"{name}-{key(name)}")
+
+
+def make(settings: Settings, name: str, step: Step) -> None:
+    """Make an environment: relocatable, so that it works wherever a pod mounts it, and compiled, because it is mounted
+    read-only.
+    """
+    uv = find_uv(settings)
+    if uv is None:
+        raise PlatformError("uv is not there: `make deploy` brings it; by hand, install uv and put it on the PATH.")
+    target = folder(settings, name)
+    work = target.with_name(f".{target.name}.new")
+    shutil.rmtree(work, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "UV_CACHE_DIR": str(settings.home / "uv" / "cache"),
+        "UV_PYTHON_DOWNLOADS": "never",
+        "UV_LINK_MODE": "hardlink",
+    }
+    log = settings.build_logs / f"python-{name}.log"
+    run_long([uv, "venv", "--relocatable", "--python", INTERPRETER, work], step, log, env=environment)
+    run_long(
+        [
+            uv,
+            "pip",
+            "install",
+            "--python",
+            work / "bin" / "python",
+            "--no-deps",
+            "--require-hashes",
+            "--compile-bytecode",
+            "-r",
+            requirements(name),
+        ],
+        step,
+        log,
+        env=environment,
+        note=lambda line, count: line[:60],
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
+def publish_serve(settings: Settings) -> list[str]:
+    """Point serve/current at the current environment and drop earlier ones that no pod can be using any more."""
+    target = folder(settings, "serve")
+    changed = link(settings.home / "serve" / "current", target)
+    if changed:
+        for other in (settings.home / "serve").iterdir():
+            if other.is_dir() and not other.is_symlink() and other != target:
+                shutil.rmtree(other, ignore_errors=True)
+    return ["serve/current"] if changed else []

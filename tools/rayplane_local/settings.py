@@ -1,0 +1,97 @@
+"""What the local platform is told: values from the role's variables, and the paths that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent.parent
+
+# Sockets live in a short path of their own: the kernel allows 107 characters, and a home folder can be longer.
+RUN = Path("/run/rayplane")
+KUBERNETES_FOLDER = Path("/etc/kubernetes")
+KUBELET_FOLDER = Path("/var/lib/kubelet")
+MARKER = ".rayplane"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Inputs of the local platform. Sizes are GiB, ports TCP ports."""
+
+    home: Path
+    source: str = "auto"
+    release_bases: Mapping[str, str] = field(default_factory=dict)
+    release_checksums: Mapping[str, str] = field(default_factory=dict)
+    probe_seconds: float = 3.0
+    address: str = "10.97.0.1"
+    interface: str = "rayplane0"
+    pod_subnet: str = "10.244.0.0/16"
+    node_pod_subnet: str = "10.244.0.0/24"
+    service_subnet: str = "10.96.0.0/16"
+    node_name: str = "rayplane"
+    api_port: int = 6443
+    emulator_port: int = 4566
+    emulator_region: str = "us-west-2"
+    node_ports: tuple[int, ...] = (30080,)
+    ray_image: str = "localhost/rayplane/ray:2.60.0-cpu"
+    memory_gib: float = 12.0
+    disk_gib: float = 30.0
+    disk_warm_gib: float = 6.0
+    keep_build_cache: bool = False
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Build settings from plain values; an unknown name is an error, so that nothing is silently ignored."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown settings of the local platform: {', '.join(unknown)}")
+        given = dict(values)
+        given["home"] = Path(given["home"]).expanduser()
+        if not given["home"].is_absolute():
+            raise ValueError(f"the local platform's home must be an absolute path, not {given['home']}")
+        if "node_ports" in given:
+            given["node_ports"] = tuple(int(port) for port in given["node_ports"])
+        if given.get("source", "auto") not in ("auto", "release", "build"):
+            raise ValueError(f"source must be auto, release or build, not {given['source']!r}")
+        return cls(**given)
+
+    @property
+    def state(self) -> Path:
+        """Everything that taking the platform down removes."""
+        return self.home / "state"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def parts(self) -> Path:
+        return self.home / "parts"
+
+    @property
+    def images(self) -> Path:
+        return self.home / "images"
+
+    @property
+    def bin(self) -> Path:
+        return self.home / "bin"
+
+    @property
+    def build_logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.state / "kubeconfig"
+
+    @property
+    def containerd_socket(self) -> Path:
+        return RUN / "containerd.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return RUN / "supervisor.sock"
