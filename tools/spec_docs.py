@@ -1,7 +1,7 @@
 """Write the variable tables of the roles' READMEs from their argument specs, or check that they are up to date.
 
-    python tools/spec_docs.py            write
-    python tools/spec_docs.py --check    write nothing, exit 1 and name the READMEs that are out of date
+    python tools/spec_docs.py [role ...]    write, for all roles or those named
+    python tools/spec_docs.py --check       write nothing, exit 1 and name the READMEs that are out of date
 
 Only what stands between the markers is touched: people write the text around it. A role without a README gets one.
 """
@@ -19,35 +19,36 @@ from typing import Any
 import yaml
 
 BEGIN, END = "<!-- variables -->", "<!-- end of variables -->"
+LONGEST_DEFAULT = 80
 PROJECT = Path(__file__).resolve().parents[1]
 #: The role that checks the variables which belong to no role describes them, too.
 SHARED = ("preflight", "__preflight_shared_options")
 
 
-def table(options: Mapping[str, Any]) -> str:
-    """A Markdown table of a spec's options, nested ones below their parent."""
+def table(options: Mapping[str, Any], source: str = "defaults/main.yml") -> str:
+    """A Markdown table of a spec's options, nested ones below their parent; ``source`` is where long defaults stand."""
     rows = ["| Variable | Type | Default | Description |", "| --- | --- | --- | --- |"]
-    rows += [f"| {' | '.join(cells)} |" for cells in _rows(options, "")]
+    rows += [f"| {' | '.join(cells)} |" for cells in _rows(options, "", source)]
     return "\n".join(rows)
 
 
-def _rows(options: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(options: Mapping[str, Any], prefix: str, source: str) -> Iterator[tuple[str, str, str, str]]:
     for name, option in options.items():
         kind = str(option.get("type", "str"))
         elements = f" of {option['elements']}" if option.get("elements") else ""
-        yield f"`{prefix}{name}`", f"{kind}{elements}", _default(option), _description(option)
+        yield f"`{prefix}{name}`", f"{kind}{elements}", _default(option, source), _description(option)
         if nested := option.get("options"):
-            yield from _rows(nested, f"{prefix}{name}{'[]' if kind == 'list' else ''}.")
+            yield from _rows(nested, f"{prefix}{name}{'[]' if kind == 'list' else ''}.", source)
 
 
-def _default(option: Mapping[str, Any]) -> str:
+def _default(option: Mapping[str, Any], source: str) -> str:
     if option.get("required"):
         return "required"
     if option.get("default") is None:
         return ""
     value = option["default"]
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-    return f"`{_cell(text)}`"
+    return f"`{_cell(text)}`" if len(text) <= LONGEST_DEFAULT else f"see `{source}`"
 
 
 def _description(option: Mapping[str, Any]) -> str:
@@ -97,7 +98,12 @@ def readmes(project: Path) -> Iterator[tuple[Path, str]]:
         tables = [("", table(spec.get("options") or {}))]
         if folder.name == SHARED[0]:
             shared = yaml.safe_load((folder / "vars" / "main.yml").read_text(encoding="utf-8"))[SHARED[1]]
-            tables.append(("### Variables that belong to no role", table(shared)))
+            defaults = yaml.safe_load((project / "group_vars" / "shared.yml").read_text(encoding="utf-8"))
+            for name, option in shared.items():
+                option.update(
+                    {"default": defaults[name], "required": False} if name in defaults else {"required": True}
+                )
+            tables.append(("### Variables that belong to no role", table(shared, "group_vars/shared.yml")))
         readme = folder / "README.md"
         old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
         yield readme, document(old, folder.name, spec, section(tables))
@@ -106,14 +112,12 @@ def readmes(project: Path) -> Iterator[tuple[Path, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("roles", nargs="*", help="roles to look at; all without any")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a README is out of date")
     parser.add_argument("--project", type=Path, default=PROJECT, help="the project's folder")
     options = parser.parse_args(arguments)
-    stale = [
-        (file, text)
-        for file, text in readmes(options.project)
-        if not file.is_file() or file.read_text(encoding="utf-8") != text
-    ]
+    wanted = [pair for pair in readmes(options.project) if not options.roles or pair[0].parent.name in options.roles]
+    stale = [(file, text) for file, text in wanted if not file.is_file() or file.read_text(encoding="utf-8") != text]
     for file, text in stale:
         name = file.relative_to(options.project)
         if options.check:

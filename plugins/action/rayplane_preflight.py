@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ansible.module_utils
+import yaml
 from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
@@ -35,6 +36,7 @@ if _SHARED_CODE not in ansible.module_utils.__path__:
 from ansible.module_utils import rayplane_preflight_environment as environment
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
+from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
 from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
 
@@ -43,6 +45,8 @@ try:
     from ansible._internal._datatag._tags import Origin
 except ImportError:
     Origin = None
+
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 SCOPES = ("declared", "live", "all")
 
@@ -196,6 +200,8 @@ class _Cluster:
                 _text(values.get("platform_region")),
                 _text(values.get("platform_aws_endpoint_url")),
             )
+        if platform not in PLATFORMS:
+            return
         given = platform == "existing" or values.get("kubeconfig_source") == "given"
         problems = list(live.check_kubeconfig(path, context, required=given))
         yield from problems
@@ -223,7 +229,7 @@ class _Cluster:
         if origin is None:
             return ""
         if not origin.path:
-            return "command line" if "-e" in str(origin) else str(origin)
+            return "command line" if "-e" in str(origin) else str(origin).strip("<>")
         path = Path(origin.path)
         short = path.relative_to(self._project) if path.is_relative_to(self._project) else path
         return f"{short}:{origin.line_num}" if origin.line_num else str(short)
@@ -256,17 +262,18 @@ def _named_in(message: str, names: Collection[str]) -> str:
 
 def _read_role(folder: Path, loader: Any) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
     """Options of a role's main entry point, every name the role knows, and its defaults."""
-    specs = _load(folder / "meta" / "argument_specs.yml", loader).get("argument_specs") or {}
-    defaults = _load(folder / "defaults" / "main.yml", loader)
+    spec_file, defaults_file = folder / "meta" / "argument_specs.yml", folder / "defaults" / "main.yml"
+    specs: dict[str, Any] = {}
+    if spec_file.is_file():
+        with spec_file.open("rb") as file:
+            specs = yaml.load(file, Loader=_YamlLoader).get("argument_specs") or {}  # noqa: S506 - a safe loader, in C
+    # Defaults are templates, and tell their place. Nothing here writes to them: the loader need not copy.
+    defaults: dict[str, Any] = {}
+    if defaults_file.is_file():
+        defaults = loader.load_from_file(str(defaults_file), trusted_as_template=True, unsafe=True) or {}
     entries = {entry: (spec or {}).get("options") or {} for entry, spec in specs.items()}
     names = set(defaults).union(*entries.values())
     return dict(entries.get("main", {})), names, defaults
-
-
-def _load(file: Path, loader: Any) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    return loader.load_from_file(str(file), trusted_as_template=True) or {}
 
 
 def _plain(value: Any) -> Any:

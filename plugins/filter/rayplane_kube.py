@@ -16,7 +16,8 @@ _LEVELS = ("privileged", "baseline", "restricted")
 def namespace_objects(namespaces: Sequence[Any], pod_security: str) -> list[Json]:
     """Namespaces with pod security labels, and their quota and default limits where given.
 
-    An entry is a name, or a mapping with ``name`` and optionally ``pod_security``, ``labels``, ``annotations``, ``quota`` (the ``hard`` limits of
+    An entry is a name, or a mapping with ``name`` and optionally ``pod_security``, ``labels``, ``annotations``,
+    ``quota`` (the ``hard`` limits of
     a ResourceQuota) and ``limits`` (the ``limits`` of a LimitRange).
     """
     objects: list[Json] = []

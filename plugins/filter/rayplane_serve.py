@@ -1,12 +1,17 @@
-"""Builds what the rayservice role applies, from the model list: Serve applications, Ray groups, and the RayService around them.
+"""Builds what the rayservice role applies, from the model list: Serve applications, Ray groups, and the RayService
+around them.
 
 Facts about the systems behind it, each of which cost somebody a day:
 
-* KubeRay starts a new Ray cluster for any change of ``rayClusterConfig`` but replicas, bounds and tolerations, and takes a change of
+* KubeRay starts a new Ray cluster for any change of ``rayClusterConfig`` but replicas, bounds and tolerations, and
+  takes a change of
   ``serveConfigV2`` in place. So everything that belongs to one model stands in ``serveConfigV2``.
-* KubeRay does not carry changed bounds or replicas, nor a changed Service, over to what it created: ``rayservice_alignment``.
-* Serve LLM asks for ``accelerator_type:X`` in every bundle, and the Ray autoscaler knows that a group of size zero has it only where the
-  group's ``resources`` say so. A group declares either ``resources`` or ``rayStartParams`` such as ``num-cpus``, never both.
+* KubeRay does not carry changed bounds or replicas, nor a changed Service, over to what it created:
+  ``rayservice_alignment``.
+* Serve LLM asks for ``accelerator_type:X`` in every bundle, and the Ray autoscaler knows that a group of size zero has
+  it only where the
+  group's ``resources`` say so. A group declares either ``resources`` or ``rayStartParams`` such as ``num-cpus``, never
+  both.
 * Serve LLM's own ingress deployment never scales unless it gets an ``autoscaling_config``.
 * Placement groups belong to ``placement_group_config``; in ``deployment_config`` they are refused.
 """
@@ -30,9 +35,9 @@ SERVE_PORT = 8000
 MAX_NAME = 47
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _REMOTE = re.compile(r"(s3|gs|abfss?|azure)://")
-_QUANTITY = re.compile(r"([0-9.]+)(m|[kMGTP]i?|)\Z")
+_QUANTITY = re.compile(r"([0-9.]+)(m|k|Ki|[MGTP]i?|)\Z")
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("kMGTP")} | {"Ki": 1024}
+_UNITS |= {f"{unit}i": 1024.0 ** (power + 1) for power, unit in enumerate("KMGTP")}
 _MODEL_KEYS = {
     "access", "canary", "checksum", "deployment", "engine", "env", "id", "license", "lora", "placement", "replicas",
     "resources", "revision", "route_prefix", "source", "verify",
@@ -42,7 +47,8 @@ _RESOURCE_KEYS = {"cpu", "memory", "gpu", "accelerator"}
 
 
 def quantity(value: Any) -> float:
-    """A Kubernetes quantity ("300m", "16Gi", 4) as a number: cores or bytes. Raises AnsibleFilterError on anything else."""
+    """A Kubernetes quantity ("300m", "16Gi", 4) as a number: cores or bytes. Raises AnsibleFilterError on anything
+    else."""
     match = _QUANTITY.fullmatch(str(value).strip())
     if not match:
         raise AnsibleFilterError(f"{value!r} is no Kubernetes quantity (examples: 4, 300m, 16Gi)")
@@ -60,13 +66,15 @@ def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def rayservice_routes(models: Sequence[Json]) -> dict[str, str]:
-    """Route prefix of each model: ``/`` for a model that stands alone, ``/<id>`` beside others, or what the model says itself."""
+    """Route prefix of each model: ``/`` for a model that stands alone, ``/<id>`` beside others, or what the model says
+    itself."""
     alone = len(models) == 1
     return {model["id"]: model.get("route_prefix") or ("/" if alone else f"/{model['id']}") for model in models}
 
 
 def rayservice_problems(models: Sequence[Json], accelerators: Mapping[str, Json] | None = None) -> list[str]:
-    """Everything that is wrong with the model list, each with variable, value, reason and cure; empty where nothing is."""
+    """Everything that is wrong with the model list, each with variable, value, reason and cure; empty where nothing
+    is."""
     problems: list[str] = []
     if not isinstance(models, Sequence) or isinstance(models, str):
         return [f"rayservice_models is {models!r}: it has to be a list of models"]
@@ -89,7 +97,7 @@ def rayservice_problems(models: Sequence[Json], accelerators: Mapping[str, Json]
         for name, prefix in rayservice_routes(models).items():
             if prefix in prefixes:
                 problems.append(
-                    f"rayservice_models ({name}).route_prefix: {prefix} is taken by {prefixes[prefix]}; give it another one"
+                    f"rayservice_models ({name}).route_prefix: {prefix} is taken by {prefixes[prefix]}; choose another"
                 )
             prefixes[prefix] = name
     return problems
@@ -105,15 +113,15 @@ def _model_problems(model: Mapping[str, Any]) -> list[str]:
         )
     if not model.get("source"):
         problems.append("source is missing: give a hub id (org/name), a folder, or an s3:// address")
-    for key in sorted(set(model) - _MODEL_KEYS):
-        problems.append(f"{key} is no key of a model; known are {', '.join(sorted(_MODEL_KEYS))}")
+    known_keys = ", ".join(sorted(_MODEL_KEYS))
+    problems += [f"{key} is no key of a model; known are {known_keys}" for key in sorted(set(model) - _MODEL_KEYS)]
     for name, known in (("replicas", _REPLICA_KEYS), ("resources", _RESOURCE_KEYS)):
         given = model.get(name) or {}
         if not isinstance(given, Mapping):
             problems.append(f"{name} is {given!r}: it has to be a mapping with {', '.join(sorted(known))}")
             return problems
-        for key in sorted(set(given) - known):
-            problems.append(f"{name}.{key} is not known; known are {', '.join(sorted(known))}")
+        unknown = sorted(set(given) - known)
+        problems += [f"{name}.{key} is not known; known are {', '.join(sorted(known))}" for key in unknown]
     replicas, resources = model.get("replicas") or {}, model.get("resources") or {}
     low, high = replicas.get("min", 1), replicas.get("max", replicas.get("min", 1))
     if not isinstance(low, int) or not isinstance(high, int) or low < 0 or high < 1:
@@ -134,19 +142,22 @@ def _model_problems(model: Mapping[str, Any]) -> list[str]:
     tensor, pipeline = _parallelism(engine)
     if gpu and tensor > gpu:
         problems.append(
-            f"engine.tensor_parallel_size is {tensor} and resources.gpu {gpu}: one shard needs one GPU of the same node; "
-            f"set resources.gpu to {tensor} or lower the parallelism"
+            f"engine.tensor_parallel_size is {tensor} and resources.gpu {gpu}: "
+            f"each shard needs a GPU of the same node; set resources.gpu to {tensor} or lower the parallelism"
         )
     if not gpu and resources.get("accelerator"):
         problems.append(
-            f"resources.accelerator is {resources['accelerator']} and resources.gpu 0: set gpu, or leave accelerator out"
+            f"resources.accelerator is {resources['accelerator']} and resources.gpu 0: "
+            "set gpu, or leave accelerator out"
         )
     if not gpu and pipeline > 1:
         problems.append(f"engine.pipeline_parallel_size is {pipeline} without a GPU: pipeline parallelism needs GPUs")
     deployment = model.get("deployment") or {}
-    for key in sorted(deployment):
-        if key.startswith("placement_group"):
-            problems.append(f"deployment.{key}: Serve LLM refuses it there; use the model's key placement")
+    problems += [
+        f"deployment.{key}: Serve LLM refuses it there; use the model's key placement"
+        for key in sorted(deployment)
+        if key.startswith("placement_group")
+    ]
     if "num_replicas" in deployment and "replicas" in model:
         problems.append("deployment.num_replicas stands beside replicas: keep replicas only")
     return problems
@@ -212,7 +223,8 @@ def _app(model: Json, route_prefix: str, location: str, settings: Mapping[str, A
 def rayservice_serve_config(models: Sequence[Json], locations: Mapping[str, str], settings: Mapping[str, Any]) -> Json:
     """Serve's declarative configuration: one application a model, in the order of their ids.
 
-    ``locations`` tells where each model's files are (the models role's fact); a model without one is loaded from its ``source``.
+    ``locations`` tells where each model's files are (the models role's fact); a model without one is loaded from its
+    ``source``.
     """
     routes = rayservice_routes(models)
     return {
@@ -230,10 +242,13 @@ def rayservice_serve_config(models: Sequence[Json], locations: Mapping[str, str]
 
 
 def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]) -> list[Json]:
-    """The worker groups: those of ``settings.worker_groups`` where given, else one for CPU work and one for each accelerator.
+    """The worker groups: those of ``settings.worker_groups`` where given, else one for CPU work and one for each
+    accelerator.
 
-    A derived group's pod is as large as the largest replica that runs in it, and its bounds are the sums of its models' bounds. Groups come in
-    the order in which the model list first needs them, so that a new accelerator is appended: KubeRay then keeps the running cluster.
+    A derived group's pod is as large as the largest replica that runs in it, and its bounds are the sums of its
+    models' bounds. Groups come in
+    the order in which the model list first needs them, so that a new accelerator is appended: KubeRay then keeps the
+    running cluster.
     """
     if settings["worker_groups"]:
         return [dict(group) for group in settings["worker_groups"]]
@@ -280,7 +295,8 @@ def _env(settings: Mapping[str, Any]) -> list[Json]:
 
 
 def _pod(group: Mapping[str, Any], settings: Mapping[str, Any], head: bool) -> Json:
-    """Pod template of a group. Requests are the group's cpu and memory; memory is limited, CPU only where ``cpu_limit`` says so."""
+    """Pod template of a group. Requests are the group's cpu and memory; memory is limited, CPU only where
+    ``cpu_limit`` says so."""
     requests: Json = {"cpu": str(group["cpu"]), "memory": str(group["memory"])}
     limits: Json = {"memory": str(group.get("memory_limit") or group["memory"])}
     if group.get("cpu_limit"):
@@ -351,7 +367,8 @@ def _pod(group: Mapping[str, Any], settings: Mapping[str, Any], head: bool) -> J
 
 
 def _ray_resources(group: Mapping[str, Any], settings: Mapping[str, Any]) -> Json:
-    """What Ray schedules on a pod of the group, as strings; declared, so that the autoscaler knows it of a group of size zero too."""
+    """What Ray schedules on a pod of the group, as strings; declared, so that the autoscaler knows it of a group of
+    size zero too."""
     cpus = group.get("ray_cpus")
     resources: Json = {"CPU": str(max(1, math.floor(quantity(group["cpu"]))) if cpus is None else int(cpus))}
     gpu = int(group.get("gpu", 0))
@@ -376,7 +393,7 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
     name = settings["name"]
     if not _DNS_LABEL.fullmatch(name) or len(name) > MAX_NAME:
         raise AnsibleFilterError(
-            f"rayservice_name is {name!r}: the operator takes a DNS label of at most {MAX_NAME} characters; choose a shorter one"
+            f"rayservice_name is {name!r}: the operator takes a DNS label of at most {MAX_NAME} characters"
         )
     head = settings["head"]
     head_spec: Json = {
@@ -409,6 +426,12 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
             "imagePullPolicy": settings["image_pull_policy"],
             "resources": {"requests": size, "limits": {"memory": size["memory"]}},
         }
+        # It runs the same image, so it needs what the image needs.
+        env = [{"name": key, "value": str(value)} for key, value in sorted(settings["env"].items())]
+        cluster["autoscalerOptions"] |= {"env": env} if env else {}
+        cluster["autoscalerOptions"] |= (
+            {"volumeMounts": list(settings["volume_mounts"])} if settings["volume_mounts"] else {}
+        )
     config = rayservice_serve_config(models, locations, settings)
     metadata: Json = {"name": name, "namespace": settings["namespace"]}
     if settings["initializing_timeout"]:
@@ -456,7 +479,8 @@ def rayservice_objects(models: Sequence[Json], locations: Mapping[str, str], set
 def rayservice_alignment(objects: Sequence[Json]) -> list[Json]:
     """Rules for k8s_apply_set's ``align``: what the operator derived from the RayService and does not follow.
 
-    Bounds of the worker groups (replicas too, unless Ray's autoscaler owns them) on the Ray clusters, type and ports of the Service.
+    Bounds of the worker groups (replicas too, unless Ray's autoscaler owns them) on the Ray clusters, type and ports
+    of the Service.
     """
     rules = []
     for item in objects:

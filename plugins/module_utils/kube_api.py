@@ -1,20 +1,26 @@
 """A small Kubernetes API client: kubeconfig in, JSON over HTTPS out.
 
-The generated ``kubernetes`` package takes two to three seconds to import, which every module call would pay. The few verbs that the
-roles need (get, list, server-side apply, merge patch, delete, logs) take none of its models, so they are spoken directly here.
+The generated ``kubernetes`` package takes two to three seconds to import, which every module call would pay. The few
+verbs that the
+roles need (get, list, server-side apply, merge patch, delete, logs) take none of its models, so they are spoken
+directly here.
 
-Connection settings are read like kubernetes.core reads them: ``K8S_AUTH_HOST`` with ``K8S_AUTH_API_KEY`` (an AWX credential),
-``K8S_AUTH_KUBECONFIG`` and ``K8S_AUTH_CONTEXT``, ``KUBECONFIG``, ``~/.kube/config``, and a pod's own service account, in this order.
+Connection settings are read like kubernetes.core reads them: ``K8S_AUTH_HOST`` with ``K8S_AUTH_API_KEY`` (an AWX
+credential),
+``K8S_AUTH_KUBECONFIG`` and ``K8S_AUTH_CONTEXT``, ``KUBECONFIG``, ``~/.kube/config``, and a pod's own service account,
+in this order.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -23,7 +29,7 @@ import yaml
 
 Json = dict[str, Any]
 
-_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _METADATA_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -62,7 +68,8 @@ class Connection:
 
 
 def _temp(content: bytes) -> str:
-    """Write ``content`` to a private file that lives as long as the process (ssl reads certificates from files only)."""
+    """Write ``content`` to a private file that lives as long as the process (ssl reads certificates from files
+    only)."""
     handle = tempfile.NamedTemporaryFile(prefix="rayplane-kube-", delete=False)  # noqa: SIM115
     with handle:
         handle.write(content)
@@ -76,24 +83,21 @@ _TEMPORARY: list[str] = []
 def forget_temporary() -> None:
     """Remove the certificate files that this process wrote."""
     while _TEMPORARY:
-        try:
-            os.unlink(_TEMPORARY.pop())
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            Path(_TEMPORARY.pop()).unlink()
 
 
-def _read_kubeconfigs(paths: str) -> tuple[Json, str]:
+def _read_kubeconfigs(paths: str) -> tuple[Json, Path]:
     """Merge the files of a colon-separated list as kubectl does: the first mention of a name wins.
 
     Returns the merged configuration and the folder that relative paths in it refer to (that of the first file read).
     """
     merged: Json = {"clusters": [], "users": [], "contexts": [], "current-context": ""}
-    base = ""
+    base: Path | None = None
     problems = []
-    for path in (os.path.expanduser(part) for part in paths.split(os.pathsep) if part):
+    for path in (Path(part).expanduser() for part in paths.split(os.pathsep) if part):
         try:
-            with open(path, encoding="utf-8") as handle:
-                documents = load_yaml(handle.read())
+            documents = load_yaml(path.read_text(encoding="utf-8"))
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
             continue
@@ -102,12 +106,12 @@ def _read_kubeconfigs(paths: str) -> tuple[Json, str]:
         content = documents[0] if documents else {}
         if not isinstance(content, dict):
             raise KubeError(f"kubeconfig {path} holds no mapping")
-        base = base or os.path.dirname(os.path.abspath(path))
+        base = base or path.absolute().parent
         for key in ("clusters", "users", "contexts"):
             known = {entry["name"] for entry in merged[key]}
             merged[key] += [entry for entry in content.get(key) or [] if entry["name"] not in known]
         merged["current-context"] = merged["current-context"] or content.get("current-context", "")
-    if not base:
+    if base is None:
         raise KubeError(
             "no kubeconfig can be read ("
             + "; ".join(problems)
@@ -162,7 +166,7 @@ def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
         if source.get(f"{key}-data"):
             return _temp(base64.b64decode(source[f"{key}-data"]))
         value = source.get(key)
-        return os.path.join(base, os.path.expanduser(value)) if value else None
+        return str(base / Path(value).expanduser()) if value else None
 
     connection = Connection(
         server=str(cluster["server"]).rstrip("/"),
@@ -176,8 +180,7 @@ def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
     )
     token = user.get("token")
     if not token and user.get("tokenFile"):
-        with open(os.path.join(base, user["tokenFile"]), encoding="utf-8") as handle:
-            token = handle.read().strip()
+        token = (base / user["tokenFile"]).read_text(encoding="utf-8").strip()
     if not token and user.get("exec"):
         status = _exec_credential(user["exec"])
         token = status.get("token")
@@ -207,15 +210,14 @@ def connection_from_environment(kubeconfig: str | None = None, context: str | No
         connection.cert_file, connection.key_file = env.get("K8S_AUTH_CERT_FILE"), env.get("K8S_AUTH_KEY_FILE")
         return connection
     paths = kubeconfig or env.get("K8S_AUTH_KUBECONFIG") or env.get("KUBECONFIG")
-    default = os.path.expanduser("~/.kube/config")
-    if not paths and not os.path.exists(default) and os.path.exists(f"{_SERVICE_ACCOUNT}/token"):
-        with open(f"{_SERVICE_ACCOUNT}/token", encoding="utf-8") as handle:
-            token = handle.read().strip()
+    default = Path("~/.kube/config").expanduser()
+    if not paths and not default.exists() and (_SERVICE_ACCOUNT / "token").exists():
+        token = (_SERVICE_ACCOUNT / "token").read_text(encoding="utf-8").strip()
         server = f"https://{env['KUBERNETES_SERVICE_HOST']}:{env['KUBERNETES_SERVICE_PORT']}"
         return Connection(
             server=server, ca_file=f"{_SERVICE_ACCOUNT}/ca.crt", headers={"Authorization": f"Bearer {token}"}
         )
-    return _from_kubeconfig(paths or default, context or env.get("K8S_AUTH_CONTEXT") or None)
+    return _from_kubeconfig(paths or str(default), context or env.get("K8S_AUTH_CONTEXT") or None)
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,12 @@ class Cluster:
         path: str,
         body: Any = None,
         query: dict[str, str] | None = None,
+        *,
         content_type: str = "application/json",
         raw: bool = False,
     ) -> Any:
-        """One request; the decoded JSON (text where ``raw``). Raises ApiError on a refusal, KubeError when nothing answers."""
+        """One request; the decoded JSON (text where ``raw``). Raises ApiError on a refusal, KubeError when nothing
+        answers."""
         url = self.connection.server + path + ("?" + urlencode(query) if query else "")
         headers = {"Accept": "application/json", **self.connection.headers}
         payload = None
@@ -349,7 +353,7 @@ class Cluster:
         return result
 
     def merge(
-        self, resource: Resource, namespace: str | None, name: str, patch: Json, manager: str, dry_run: bool = False
+        self, resource: Resource, namespace: str | None, name: str, patch: Json, *, manager: str, dry_run: bool = False
     ) -> Json:
         """JSON merge patch (RFC 7386)."""
         query = {"fieldManager": manager} | ({"dryRun": "All"} if dry_run else {})

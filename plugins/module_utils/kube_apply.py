@@ -1,7 +1,9 @@
 """Bring a set of Kubernetes objects to what is declared: apply, align, prune, wait.
 
-One call handles everything a role declares. Objects are applied server-side with one field manager; a dry run asks the API server the
-same questions, so check mode's prediction passes through its defaulting and validation. What cannot be asked yet (the namespace or the
+One call handles everything a role declares. Objects are applied server-side with one field manager; a dry run asks the
+API server the
+same questions, so check mode's prediction passes through its defaulting and validation. What cannot be asked yet (the
+namespace or the
 CRD of an object comes with the same deployment) is predicted as created.
 """
 
@@ -17,11 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-
-try:
-    from ansible.module_utils.kube_api import ApiError, Cluster, Json, KubeError, Resource
-except ImportError:  # unit tests import the file itself
-    from kube_api import ApiError, Cluster, Json, KubeError, Resource  # type: ignore[import-not-found,no-redef]
+from ansible.module_utils.kube_api import ApiError, Cluster, Json, KubeError, Resource
 
 DIGEST = "rayplane.io/applied-digest"
 PART_OF = "app.kubernetes.io/part-of"
@@ -36,7 +34,7 @@ _FIRST = ("Namespace", "CustomResourceDefinition")
 _ENTRY_KEYS = ("name", "groupName")
 
 
-class _Dumper(_BASE_DUMPER):  # type: ignore[misc]
+class _Dumper(_BASE_DUMPER):
     """Writes strings of several lines as they read, so that a diff of serveConfigV2 is one of lines."""
 
 
@@ -168,6 +166,8 @@ class ApplySet:
         self.dry_run = dry_run
         self.outcome = Outcome()
         self._namespaces: dict[str, bool] = {}
+        # Live objects by label, as long as nothing was sent that could change them.
+        self._seen: dict[str, Json | None] = {}
 
     @property
     def selector(self) -> str:
@@ -177,10 +177,8 @@ class ApplySet:
 
     def declared(self, item: Json) -> Json:
         """``item`` with the set's labels."""
-        result = copy.deepcopy(item)
-        meta = result.setdefault("metadata", {})
-        meta["labels"] = {**(meta.get("labels") or {}), **self.labels}
-        return result
+        meta = item["metadata"]
+        return {**item, "metadata": {**meta, "labels": {**(meta.get("labels") or {}), **self.labels}}}
 
     def apply(self, objects: Iterable[Json], adopt: bool = True, hint: str = "") -> None:
         """Apply every object: namespaces and CRDs first, the rest at the same time.
@@ -216,7 +214,9 @@ class ApplySet:
         foreign = []
         for item in wanted:
             resource = self.cluster.resource(item["apiVersion"], item["kind"])
-            live = resource and self.cluster.get(resource, item["metadata"].get("namespace"), item["metadata"]["name"])
+            if resource is None:
+                continue
+            live = self._live(resource, item["metadata"].get("namespace"), item["metadata"]["name"])
             if live and (live["metadata"].get("labels") or {}).get(PART_OF) != self.labels.get(PART_OF):
                 managers = sorted({entry.get("manager", "?") for entry in live["metadata"].get("managedFields") or []})
                 release = (live["metadata"].get("annotations") or {}).get("meta.helm.sh/release-name")
@@ -225,6 +225,12 @@ class ApplySet:
         if foreign:
             said = f"{hint.rstrip('.')}. " if hint else ""
             raise ApplyError(f"{said}These objects exist and belong to somebody else: {'; '.join(foreign)}")
+
+    def _live(self, resource: Resource, namespace: str | None, name: str) -> Json | None:
+        key = label(resource.kind, name, namespace)
+        if key not in self._seen:
+            self._seen[key] = self.cluster.get(resource, namespace, name)
+        return self._seen[key]
 
     def _namespace_exists(self, namespace: str) -> bool:
         if namespace not in self._namespaces:
@@ -241,13 +247,13 @@ class ApplySet:
             if self.dry_run:
                 return "created", None, item
             raise ApplyError(
-                f"{label_of(item)}: the cluster knows no {item['kind']} in {item['apiVersion']}; its CRD is not installed"
+                f"{label_of(item)}: the cluster does not know {item['apiVersion']} {item['kind']}; install its CRD"
             )
         # Large objects carry a digest of what was applied, so that an unchanged one is not sent again.
         if item["kind"] == "CustomResourceDefinition":
             digest = digest_of(item)
             item = {**item, "metadata": {**meta, "annotations": {**(meta.get("annotations") or {}), DIGEST: digest}}}
-        live = self.cluster.get(resource, meta.get("namespace"), meta["name"])
+        live = self._live(resource, meta.get("namespace"), meta["name"])
         if live is not None and item["kind"] == "CustomResourceDefinition":
             applied = (live["metadata"].get("annotations") or {}).get(DIGEST)
             if applied == digest and contains(live["spec"], item["spec"]):
@@ -260,14 +266,18 @@ class ApplySet:
                 return "created", None, item
             raise ApplyError(f"{label_of(item)}: {error}") from error
         if live is None:
+            self._seen.pop(label_of(item), None)
             return "created", None, after
         kind = "unchanged" if comparable(live) == comparable(after) else "updated"
+        if kind == "updated":
+            self._seen.pop(label_of(item), None)
         return kind, live, after
 
     def align(self, rules: Iterable[Json]) -> None:
         """Repair fields of objects that an operator derived from ours and does not keep up to date itself.
 
-        A rule names the objects (``api_version``, ``kind``, ``namespace``, and ``name`` or ``selector``) and the fields (``merge``).
+        A rule names the objects (``api_version``, ``kind``, ``namespace``, and ``name`` or ``selector``) and the
+        fields (``merge``).
         Nothing is created, and an entry of a list that the object lacks is left out.
         """
         for rule in rules:
@@ -288,14 +298,18 @@ class ApplySet:
                     continue
                 patch = {key: after[key] for key in rule["merge"]}
                 name = live["metadata"]["name"]
-                self.cluster.merge(resource, live["metadata"].get("namespace"), name, patch, self.manager, self.dry_run)
+                self.cluster.merge(
+                    resource, live["metadata"].get("namespace"), name, patch, manager=self.manager, dry_run=self.dry_run
+                )
                 self.outcome.aligned.append(label_of(live))
                 self.outcome.diff.append(diff_of(live, after))
 
     def prune(self, kinds: Iterable[Json], keep: Iterable[Json], protected: Iterable[str] = ()) -> list[Json]:
-        """Delete what carries the set's labels, is of the given kinds, and is not in ``keep``. Returns what was deleted.
+        """Delete what carries the set's labels, is of the given kinds, and is not in ``keep``. Returns what was
+        deleted.
 
-        Objects that something else owns (``ownerReferences``) are left to their owner, and ``protected`` names are never deleted.
+        Objects that something else owns (``ownerReferences``) are left to their owner, and ``protected`` names are
+        never deleted.
         """
         kept = {(item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"]) for item in keep}
         gone = []
@@ -323,9 +337,11 @@ class ApplySet:
         protected: Iterable[str] = (),
         keep_crds: bool = False,
     ) -> list[Json]:
-        """Delete the objects, and what else carries the set's labels among ``kinds``. Returns wait targets for their end.
+        """Delete the objects, and what else carries the set's labels among ``kinds``. Returns wait targets for their
+        end.
 
-        An object that lacks our part-of label is somebody else's and stays, and so does a CRD of which objects are left:
+        An object that lacks our part-of label is somebody else's and stays, and so does a CRD of which objects are
+        left:
         deleting it would delete them.
         """
         protected = set(protected)
@@ -355,7 +371,8 @@ class ApplySet:
         return resource is not None and bool(self.cluster.list(resource))
 
     def wait(self, targets: Iterable[Json], timeout: float, evidence: Json | None = None, poll: float = 0.5) -> float:
-        """Wait until every target is ready. Returns the seconds it took; raises ApplyError with evidence when ``timeout`` is over."""
+        """Wait until every target is ready. Returns the seconds it took; raises ApplyError with evidence when
+        ``timeout`` is over."""
         started = time.monotonic()
         waiting = list(targets)
         reasons: dict[str, str] = {}
@@ -382,15 +399,19 @@ class ApplySet:
 
     def _state(self, target: Json) -> str | None:
         """None where the target is as wanted, else why not."""
-        resource = self.cluster.resource(target["api_version"], target["kind"], refresh=target.get("gone") is None)
         absent = bool(target.get("gone"))
+        resource = self.cluster.resource(target["api_version"], target["kind"])
+        if resource is None and not absent:
+            resource = self.cluster.resource(target["api_version"], target["kind"], refresh=True)
         if resource is None:
             return None if absent else "its kind is not installed"
         try:
             if absent and target.get("selector"):
                 left = self.cluster.list(resource, target.get("namespace"), target["selector"])
                 return f"{len(left)} left: {', '.join(item['metadata']['name'] for item in left[:5])}" if left else None
-            live = self.cluster.get(resource, target.get("namespace"), target["name"])
+            key = label(target["kind"], target["name"], target.get("namespace"))
+            # What was read a moment ago and not changed since is as good as a new answer, once.
+            live = self._seen.pop(key, None) or self.cluster.get(resource, target.get("namespace"), target["name"])
         except KubeError as error:
             return str(error)
         if live is None:
@@ -448,10 +469,13 @@ def deployment_state(cluster: Cluster, live: Json) -> str | None:
 
 
 def rayservice_state(cluster: Cluster, live: Json) -> str | None:
-    """A RayService is ready when its current generation serves: no upgrade under way and each declared application RUNNING.
+    """A RayService is ready when its current generation serves: no upgrade under way and each declared application
+    RUNNING.
 
-    A change of serveConfigV2 is applied in place, while the condition Ready stays True and the last statuses stay RUNNING, so Serve itself is
-    asked (through the API server's proxy) whether it runs the declared configuration. Where the proxy is refused the object's status decides.
+    A change of serveConfigV2 is applied in place, while the condition Ready stays True and the last statuses stay
+    RUNNING, so Serve itself is
+    asked (through the API server's proxy) whether it runs the declared configuration. Where the proxy is refused the
+    object's status decides.
     """
     status = live.get("status", {})
     if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
@@ -501,16 +525,17 @@ READY: dict[str, Callable[[Cluster, Json], str | None]] = {
 
 
 def collect_evidence(cluster: Cluster, targets: Iterable[Json], where: Json, log_lines: int = 15) -> list[str]:
-    """Conditions of the targets, and the pods, last log lines and warning events of ``where`` (``namespace``, pod ``selector``)."""
+    """Conditions of the targets, and the pods, last log lines and warning events of ``where`` (``namespace``, pod
+    ``selector``)."""
     lines: list[str] = []
     try:
         for target in targets:
             resource = cluster.resource(target["api_version"], target["kind"])
             live = target.get("name") and resource and cluster.get(resource, target.get("namespace"), target["name"])
-            for entry in (live or {}).get("status", {}).get("conditions") or []:
-                lines.append(
-                    f"condition {entry['type']}={entry['status']} {entry.get('reason', '')}: {entry.get('message', '')}"
-                )
+            lines += [
+                f"condition {entry['type']}={entry['status']} {entry.get('reason', '')}: {entry.get('message', '')}"
+                for entry in (live or {}).get("status", {}).get("conditions") or []
+            ]
         namespace = where.get("namespace")
         if not namespace:
             return lines
@@ -537,9 +562,11 @@ def collect_evidence(cluster: Cluster, targets: Iterable[Json], where: Json, log
 def _pod_evidence(cluster: Cluster, namespace: str, pod: Json, log_lines: int) -> list[str]:
     name, status = pod["metadata"]["name"], pod.get("status", {})
     lines = [f"pod {name}: {status.get('phase', 'unknown')}"]
-    for entry in status.get("conditions") or []:
-        if entry["status"] != "True" and entry.get("message"):
-            lines.append(f"  {entry['type']}: {entry['message']}")
+    lines += [
+        f"  {entry['type']}: {entry['message']}"
+        for entry in status.get("conditions") or []
+        if entry["status"] != "True" and entry.get("message")
+    ]
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         state = next(iter((container.get("state") or {"unknown": {}}).items()))
         if state[0] == "terminated" and state[1].get("exitCode") == 0:

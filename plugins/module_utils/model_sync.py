@@ -3,9 +3,11 @@
 Layout in the bucket::
 
     models/<id>/<digest>/...                 the files
-    models/<id>/manifests/<digest>.json      what they are; written last, so an interrupted upload is never taken for whole
+    models/<id>/manifests/<digest>.json      what they are; written last, so an interrupted upload is never taken for
+    whole
 
-The digest is the SHA-256 over the sorted names and content checksums, cut to 16 hexadecimal digits. Equal content has an equal address, so a
+The digest is the SHA-256 over the sorted names and content checksums, cut to 16 hexadecimal digits. Equal content has
+an equal address, so a
 model's pods restart only when its files did change, and an older version stays where it is for a rollback.
 """
 
@@ -187,7 +189,8 @@ class Bucket:
 class Syncer:
     """Synchronises models into one bucket.
 
-    ``hub`` is a module with ``HfApi`` and ``hf_hub_download`` (huggingface_hub), asked for only when a model comes from a hub.
+    ``hub`` is a module with ``HfApi`` and ``hf_hub_download`` (huggingface_hub), asked for only when a model comes
+    from a hub.
     ``dry_run`` changes nothing and needs no bucket.
     """
 
@@ -215,7 +218,8 @@ class Syncer:
         self.has_bucket = bucket.exists()
         if not self.has_bucket and not dry_run:
             raise ModelError(
-                f"bucket {bucket.name} does not exist: set platform_models_bucket to one that does, or let the storage role create it"
+                f"bucket {bucket.name} does not exist: set platform_models_bucket to one that does, "
+                "or let the storage role create it"
             )
 
     def sync(self, model: Json) -> Result:
@@ -228,7 +232,8 @@ class Syncer:
         wanted = model.get("checksum")
         if wanted and not digest.startswith(str(wanted)[:16]):
             raise ModelError(
-                f"model {model['id']}: checksum is {wanted} and the content's {digest}; the files of {model['source']} are others than declared"
+                f"model {model['id']}: checksum is {wanted} and the content's {digest}; "
+                f"the files of {model['source']} are others than declared"
             )
         root = f"{self.prefix}/{model['id']}"
         target = f"{root}/{digest}/"
@@ -242,7 +247,8 @@ class Syncer:
         manifest_key = f"{root}/manifests/{digest}.json"
         present = self.bucket.sizes(target) if self.has_bucket else {}
         whole = self.has_bucket and self.bucket.read_json(manifest_key) is not None
-        # Without a manifest an object may be of an upload that was cut off: sizes tell whole objects, S3 shows no partial ones.
+        # Without a manifest an object may be of an upload that was cut off: sizes tell whole objects, S3 shows no
+        # partial ones.
         missing = [file for file in source.files if present.get(file.name) != file.size]
         result.uploaded = [file.name for file in missing] or ([] if whole else ["manifest"])
         if not self.dry_run and result.uploaded:
@@ -303,13 +309,15 @@ class Syncer:
         if HUB_ID.fullmatch(address):
             return self._hub_source(model, address)
         raise ModelError(
-            f"model {model['id']}: source is {address}, which is neither a folder, an s3:// address nor a hub id (org/name)"
+            f"model {model['id']}: source is {address}, "
+            "which is neither a folder, an s3:// address nor a hub id (org/name)"
         )
 
     def _folder_source(self, model: Json, folder: Path) -> Source:
         if not folder.is_dir():
             raise ModelError(
-                f"model {model['id']}: source is the folder {folder}, which does not exist; put the model there or correct source"
+                f"model {model['id']}: source is the folder {folder}, which does not exist; "
+                "put the model there or correct source"
             )
         found = folder_files(folder, self.cache, self.ignore)
         self.cache.save()
@@ -334,7 +342,8 @@ class Syncer:
         return Source(files, lambda file, key: self.bucket.copy(bucket, root + file.name, key), checksum="etag")
 
     def _hub_source(self, model: Json, repository: str) -> Source:
-        """Files of a hub repository. The hub tells checksums without a download, so a plan and a rerun fetch nothing."""
+        """Files of a hub repository. The hub tells checksums without a download, so a plan and a rerun fetch
+        nothing."""
         if self.hub is None:
             raise ModelError(f"model {model['id']}: source is the hub id {repository}, and no hub is configured")
         hub = self.hub()
@@ -346,7 +355,8 @@ class Syncer:
             info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
         except Exception as error:
             raise ModelError(
-                f"model {model['id']}: the hub does not give {repository} at revision {revision}: {str(error).strip().splitlines()[0]} "
+                f"model {model['id']}: the hub does not give {repository} at revision {revision}: "
+                f"{str(error).strip().splitlines()[0]} "
                 "(a gated model needs HUGGING_FACE_HUB_TOKEN of an account that accepted its licence; "
                 "without a way to the hub name a folder or an s3:// address as source)"
             ) from error
@@ -374,7 +384,8 @@ class Syncer:
         return Source(files, put, revision=str(info.sha), checksum="sha256 (large files) or git blob id")
 
     def _known_revision(self, model: Json, revision: str) -> Source | None:
-        """A revision given as a commit never changes: where its manifest is in the bucket, the hub need not be asked."""
+        """A revision given as a commit never changes: where its manifest is in the bucket, the hub need not be
+        asked."""
         if not COMMIT.fullmatch(revision) or not self.has_bucket:
             return None
         root = f"{self.prefix}/{model['id']}"

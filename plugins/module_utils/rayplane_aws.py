@@ -204,9 +204,8 @@ def _settling(error: Any) -> bool:
 def wait_until(what: str, probe: Callable[[], tuple[bool, str]], timeout: float, delay: float = 5) -> None:
     """Call ``probe`` until its first element is true, at most ``timeout`` seconds long.
 
-    The second element says how things stand; it goes into the ``PlatformError`` raised when time is up. ``probe`` itself
-    raises ``PlatformError`` where
-    waiting is pointless.
+    The second element says how things stand; it goes into the ``PlatformError`` raised when time is up. ``probe``
+    itself raises ``PlatformError`` where waiting is pointless.
     """
     deadline = _now() + timeout
     while True:
@@ -250,8 +249,7 @@ def only_given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(module: Any, reconcile: Callable[[Any, Changes], dict[str, Any]]) -> None:
-    """Run ``reconcile(module, changes)`` and leave the module with its facts and the changes, or with the explained"
-    " failure."""
+    """Run ``reconcile(module, changes)`` and end the module with facts and changes, or with the explained error."""
     # The SDK's own back-off for throttled and broken calls; the user's environment wins.
     os.environ.setdefault("AWS_RETRY_MODE", "standard")
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "8")

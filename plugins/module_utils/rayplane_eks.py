@@ -59,7 +59,7 @@ def health(item: Mapping[str, Any]) -> str:
 
 
 def retag(
-    api: Api, changes: Changes, resource: str, arn: str, have: Mapping[str, str], want: Mapping[str, str]
+    api: Api, changes: Changes, resource: str, arn: str, *, have: Mapping[str, str], want: Mapping[str, str]
 ) -> None:
     """Set the tags that are missing or differ."""
     lacking = sync_tags(changes, resource, have, want)
@@ -70,8 +70,8 @@ def retag(
 def wait_for_update(api: Api, resource: str, update: Any, timeout: float, **identity: str) -> None:
     """Wait until an update ends; ``identity`` names what is updated (``name``, ``nodegroupName``, ``addonName``).
 
-    ``update`` is the answer of the updating call, None in check mode. Raises ``PlatformError`` with AWS's own errors if the
-    update fails.
+    ``update`` is the answer of the updating call, None in check mode. Raises ``PlatformError`` with AWS's own errors
+    if the update fails.
     """
     if not update:
         return

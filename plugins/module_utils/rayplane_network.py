@@ -23,9 +23,9 @@ _NARROWEST_PREFIX = 28
 # into eighths again for the public subnets, which hold only load balancers and NAT gateways. The seventh stays
 # free. A zone's place
 # depends on its position alone, so a zone added at the end moves no subnet that exists.
-_PRIVATE_BITS = 3
-_PUBLIC_BITS = 6
-_PUBLIC_EIGHTH = 7
+# Each pair: bits added to the VPC's prefix, number of the first block of that size.
+_PRIVATE = (3, 0)
+_PUBLIC = (6, 7 << 3)
 
 
 class PlannedSubnet(TypedDict):
@@ -58,11 +58,9 @@ def plan_subnets(
     """
     vpc = _network(vpc_cidr, "the VPC")
     _check_zones(zones)
-    plan = _place("private", vpc, zones, private_cidrs, _PRIVATE_BITS, 0)
+    plan = _place("private", vpc, zones, private_cidrs, _PRIVATE)
     if public:
-        plan += _place(
-            "public", vpc, zones, public_cidrs, _PUBLIC_BITS, _PUBLIC_EIGHTH << (_PUBLIC_BITS - _PRIVATE_BITS)
-        )
+        plan += _place("public", vpc, zones, public_cidrs, _PUBLIC)
     _check_apart(plan)
     return plan
 
@@ -88,8 +86,7 @@ def _check_zones(zones: Sequence[str]) -> None:
     if not MIN_ZONES <= len(zones) <= MAX_ZONES:
         raise ValueError(
             f"{len(zones)} availability zones given ({', '.join(zones) or 'none'}): EKS needs at least {MIN_ZONES},"
-            " the address plan holds at"
-            f" most {MAX_ZONES}"
+            f" the address plan holds at most {MAX_ZONES}"
         )
     doubled = sorted({zone for zone in zones if zones.count(zone) > 1})
     if doubled:
@@ -97,9 +94,9 @@ def _check_zones(zones: Sequence[str]) -> None:
 
 
 def _place(
-    role: str, vpc: ipaddress.IPv4Network, zones: Sequence[str], given: Sequence[str], bits: int, first: int
+    role: str, vpc: ipaddress.IPv4Network, zones: Sequence[str], given: Sequence[str], layout: tuple[int, int]
 ) -> list[PlannedSubnet]:
-    networks = _given(role, vpc, zones, given) if given else _computed(role, vpc, len(zones), bits, first)
+    networks = _given(role, vpc, zones, given) if given else _computed(role, vpc, len(zones), layout)
     return [
         PlannedSubnet(role=role, zone=zone, cidr=str(network)) for zone, network in zip(zones, networks, strict=True)
     ]
@@ -123,7 +120,10 @@ def _given(
     return networks
 
 
-def _computed(role: str, vpc: ipaddress.IPv4Network, count: int, bits: int, first: int) -> list[ipaddress.IPv4Network]:
+def _computed(
+    role: str, vpc: ipaddress.IPv4Network, count: int, layout: tuple[int, int]
+) -> list[ipaddress.IPv4Network]:
+    bits, first = layout
     prefix = vpc.prefixlen + bits
     if prefix > _NARROWEST_PREFIX:
         raise ValueError(

@@ -15,7 +15,7 @@ from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
 
 # Seconds to connect and to answer. A preflight that hangs is worse than one that fails.
-_PATIENCE = 5
+_PATIENCE = 10
 
 _CREDENTIAL_CURES = {
     "ExpiredToken": "log in again (`aws sso login`, or new temporary credentials)",
@@ -32,9 +32,13 @@ def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoin
     import botocore.exceptions as errors  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
 
+    # The SDK reads AWS_PROFILE by itself, too.
+    profile = profile or os.environ.get("AWS_PROFILE", "")
     by = f"profile {profile}" if profile else "the SDK's search order (environment, shared files, instance role)"
     at = f"at {endpoint}" if endpoint else "at AWS"
     variable = "platform_aws_profile" if profile else "AWS credentials"
+    found: object = profile or ABSENT
+    config = Config(connect_timeout=_PATIENCE, read_timeout=_PATIENCE, retries={"total_max_attempts": 1})
     try:
         session = boto3.Session(
             profile_name=profile or None,
@@ -43,26 +47,12 @@ def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoin
             aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY") or None,
             aws_session_token=environment.get("AWS_SESSION_TOKEN") or None,
         )
-    except errors.ProfileNotFound:
-        known = _profiles()
-        guess = nearest(profile, known)
-        cure = (
-            f"did you mean {guess}?"
-            if guess
-            else f"known profiles: {', '.join(known) or 'none'}; `aws configure --profile {profile}` makes one"
-        )
-        yield Problem("platform_aws_profile", profile, "no such profile in the AWS configuration", cure)
-        return
-    except errors.BotoCoreError as error:
-        yield Problem(variable, profile or ABSENT, str(error), "correct the AWS configuration")
-        return
-    yield from _region(session, region)
-    config = Config(connect_timeout=_PATIENCE, read_timeout=_PATIENCE, retries={"total_max_attempts": 1})
-    found: object = profile or ABSENT
-    try:
+        yield from _region(session, region)
         session.client(
             "sts", config=config, region_name=region or "us-east-1", endpoint_url=endpoint or None
         ).get_caller_identity()
+    except errors.ProfileNotFound:
+        yield _unknown_profile(profile)
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
         yield Problem(
             variable,
@@ -100,6 +90,16 @@ def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoin
         )
 
 
+def _unknown_profile(profile: str) -> Problem:
+    import botocore.session  # noqa: PLC0415
+
+    known = sorted(botocore.session.Session().available_profiles)
+    guess = nearest(profile, known)
+    made = f"known profiles: {', '.join(known) or 'none'}; `aws configure --profile {profile}` makes one"
+    cure = f"did you mean {guess}?" if guess else made
+    return Problem("platform_aws_profile", profile, "no such profile in the AWS configuration", cure)
+
+
 def _region(session: Any, region: str) -> Iterator[Problem]:
     known = [
         name
@@ -114,12 +114,6 @@ def _region(session: Any, region: str) -> Iterator[Problem]:
             "AWS has no such region, as far as the installed SDK knows",
             f"did you mean {guess}?" if guess else "see the list of AWS regions",
         )
-
-
-def _profiles() -> list[str]:
-    import botocore.session  # noqa: PLC0415
-
-    return sorted(botocore.session.Session().available_profiles)
 
 
 def check_kubeconfig(path: str, context: str, required: bool) -> Iterator[Problem]:

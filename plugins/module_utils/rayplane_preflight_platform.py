@@ -78,8 +78,8 @@ def platform(values: Values) -> Iterator[Problem]:
     elif found not in PLATFORMS:
         word = str(found).lower()
         guess = _PLATFORM_ALIASES.get(word) or nearest(word, PLATFORMS)
-        hint = f"; did you mean {guess}?" if guess else ""
-        yield Problem("platform", found, "unknown platform", f"{wanted}{hint}")
+        hint = f"did you mean {guess}? Else " if guess else ""
+        yield Problem("platform", found, "unknown platform", f"{hint}{wanted}")
 
 
 def platform_names(values: Values) -> Iterator[Problem]:
@@ -171,7 +171,7 @@ def network(values: Values) -> Iterator[Problem]:
     yield from _cidrs("eks_public_access_cidrs", values.get("eks_public_access_cidrs"))
     if service := values.get("eks_service_ipv4_cidr"):
         yield from _cidrs("eks_service_ipv4_cidr", [service], single=True)
-    if wrong or not strings(zones):
+    if wrong or not (strings(zones) and strings(private) and strings(public)):
         return
     try:
         has_public = values.get("network_public_subnets") is not False
@@ -228,7 +228,8 @@ def node_groups(values: Values) -> Iterator[Problem]:
         yield from bounds(path, group.get("min_size"), group.get("max_size"), ("min_size", "max_size"))
         bound: dict[str, Any] = {name: group.get(name) for name in ("min_size", "max_size", "desired_size")}
         low, high, desired = bound.values()
-        if whole(desired) and ((whole(low) and desired < low) or (whole(high) and desired > high)):
+        in_order = not (whole(low) and whole(high) and low > high)
+        if in_order and whole(desired) and ((whole(low) and desired < low) or (whole(high) and desired > high)):
             yield Problem(
                 f"{path}.desired_size",
                 desired,

@@ -24,7 +24,17 @@ from ansible.module_utils.rayplane_preflight_values import (
     whole,
 )
 
-__all__ = ["MODEL_LENGTHS", "RAY_VLLM", "models", "rayservice", "secrets", "worker_groups"]
+__all__ = [
+    "MODEL_KEYS",
+    "MODEL_LENGTHS",
+    "RAY_VLLM",
+    "REPLICA_KEYS",
+    "RESOURCE_KEYS",
+    "models",
+    "rayservice",
+    "secrets",
+    "worker_groups",
+]
 
 #: vLLM release that each Ray release is built and tested with (Ray's own "llm" extra and its LLM troubleshooting page).
 RAY_VLLM = {
@@ -64,19 +74,49 @@ MODEL_LENGTHS = {
 _LONGEST_RAYSERVICE_NAME = 47
 #: Parameters of `ray start` that declare resources, and the group's own keys for them.
 _GROUP_KEYS = {"num-cpus": "ray_cpus", "num-gpus": "gpu", "memory": "memory", "resources": "ray_resources"}
+#: Keys of a model, and of its mappings that are not handed on as they are.
+MODEL_KEYS = frozenset(
+    {
+        *("access", "canary", "checksum", "deployment", "engine", "env", "id", "license", "lora", "placement"),
+        *("replicas", "resources", "revision", "route_prefix", "source", "verify"),
+    }
+)
+REPLICA_KEYS = frozenset(
+    {"downscale_delay_s", "initial", "max", "min", "target_ongoing_requests", "upscale_delay_s"},
+)
+RESOURCE_KEYS = frozenset({"accelerator", "cpu", "gpu", "memory"})
 _MODEL_SCHEMES = ("s3", "gs", "abfs", "abfss", "hf")
 
 
 def models(values: Values) -> Iterator[Problem]:
     """Each entry of the model list for itself, then the list as a whole."""
+    if values.get("rayservice_models") == []:
+        yield Problem(
+            "rayservice_models",
+            [],
+            "no model is declared, so nothing will answer",
+            "add an entry with id and source",
+            warning=True,
+        )
     seen: dict[str, str] = {}
     for path, entry in entries_of(values, "rayservice_models"):
+        yield from _unknown_keys(path, entry, MODEL_KEYS)
+        yield from _unknown_keys(f"{path}.replicas", entry.get("replicas"), REPLICA_KEYS)
+        yield from _unknown_keys(f"{path}.resources", entry.get("resources"), RESOURCE_KEYS)
         yield from _model_id(path, entry.get("id", ABSENT), seen)
         yield from _model_source(path, entry)
         yield from _model_replicas(path, entry)
         yield from _model_resources(path, entry)
         yield from _model_engine(path, entry)
         yield from _model_deployment(path, entry)
+
+
+def _unknown_keys(path: str, entry: Any, known: frozenset[str]) -> Iterator[Problem]:
+    for key in entry if isinstance(entry, Mapping) else ():
+        if key not in known:
+            guess = nearest(str(key), known)
+            cure = f"did you mean {guess}?" if guess else f"delete it; known keys are {', '.join(sorted(known))}"
+            yield Problem(f"{path}.{key}", entry[key], "no such key here", cure)
 
 
 def _model_id(path: str, name: Any, seen: dict[str, str]) -> Iterator[Problem]:

@@ -159,7 +159,7 @@ class AccessEntries:
         have = {"username": now.get("username"), "kubernetesGroups": sorted(now.get("kubernetesGroups", []))}
         if self.changes.update(resource, have, wanted):
             self.api.write("update_access_entry", resource, clusterName=self.cluster_name, principalArn=arn, **wanted)
-        retag(self.api, self.changes, resource, now["accessEntryArn"], now.get("tags", {}), self.tags)
+        retag(self.api, self.changes, resource, now["accessEntryArn"], have=now.get("tags", {}), want=self.tags)
 
     def _reconcile_policies(self, entry: dict[str, Any], exists: bool) -> None:
         arn = entry["principal_arn"]

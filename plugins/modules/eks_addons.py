@@ -68,6 +68,12 @@ options:
     description: Tags of every add-on.
     type: dict
     default: {}
+  kubernetes_version:
+    description: >-
+      Version that the cluster has once its own task is done; lets check mode predict what follows an upgrade. Empty
+      asks EKS.
+    type: str
+    default: ""
   purge:
     description: Whether add-ons that this module made and that are no longer listed are removed.
     type: bool
@@ -127,7 +133,7 @@ class Addons:
     def reconcile(self) -> dict[str, Any]:
         """Bring the set to its description and return the add-ons' versions and status."""
         cluster = require_cluster(self.api, self.changes, self.cluster_name)
-        self.kubernetes = cluster["version"] if cluster else ""
+        self.kubernetes = self.params["kubernetes_version"] or (cluster["version"] if cluster else "")
         have = self._observe() if cluster else {}
         touched = []
         for addon in self.params["addons"]:
@@ -227,7 +233,7 @@ class Addons:
                 wait_for_update(
                     self.api, resource, update, self.params["wait_timeout"], name=self.cluster_name, addonName=name
                 )
-        retag(self.api, self.changes, resource, now["addonArn"], now.get("tags", {}), self._tags())
+        retag(self.api, self.changes, resource, now["addonArn"], have=now.get("tags", {}), want=self._tags())
         if now["status"] in ("DEGRADED", "UPDATE_FAILED") and not config:
             self.changes.warnings.append(f"{resource} is {now['status'].lower()}: {health(now) or 'no reason given'}")
         return bool(config)
@@ -324,6 +330,7 @@ def main() -> None:
             "addons": {"type": "list", "elements": "dict", "default": [], "options": addon},
             "role_arns": {"type": "dict", "default": {}},
             "tags": {"type": "dict", "default": {}},
+            "kubernetes_version": {"type": "str", "default": ""},
             "purge": {"type": "bool", "default": True},
             "wait_timeout": {"type": "int", "default": 1200},
         },

@@ -245,7 +245,7 @@ class Cluster:
         self._update_logging(now)
         self._update_encryption(now)
         self._update_support(now)
-        retag(self.api, self.changes, self.resource, now["arn"], now.get("tags", {}), self.tags)
+        retag(self.api, self.changes, self.resource, now["arn"], have=now.get("tags", {}), want=self.tags)
         self._upgrade(now["version"])
 
     def _refuse_the_impossible(self, now: dict[str, Any]) -> None:

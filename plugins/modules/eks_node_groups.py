@@ -129,6 +129,12 @@ options:
     description: Whether a version upgrade goes on when a pod disruption budget holds pods back.
     type: bool
     default: false
+  kubernetes_version:
+    description: >-
+      Version that the cluster has once its own task is done; lets check mode predict what follows an upgrade. Empty
+      asks EKS.
+    type: str
+    default: ""
   purge:
     description: Whether groups that this module made and that are no longer listed are deleted.
     type: bool
@@ -212,7 +218,7 @@ class NodeGroups:
             if now is None:
                 self._create(group)
             else:
-                self._update(group, now, cluster["version"] if cluster else "")
+                self._update(group, now, self.params["kubernetes_version"] or (cluster["version"] if cluster else ""))
         self._wait_for_all()
         return {"node_groups": {name: group["status"] for name, group in (self._observe() if cluster else {}).items()}}
 
@@ -357,7 +363,7 @@ class NodeGroups:
             config["updateConfig"] = {"maxUnavailable": group["max_unavailable"]}
         if config:
             self._step("update_nodegroup_config", resource, group["name"], config)
-        retag(self.api, self.changes, resource, now["nodegroupArn"], now.get("tags", {}), self._tags(group))
+        retag(self.api, self.changes, resource, now["nodegroupArn"], have=now.get("tags", {}), want=self._tags(group))
         self._upgrade(resource, group, now, cluster_version)
         if now["status"] == "DEGRADED":
             self.changes.warnings.append(f"{resource} is degraded: {health(now) or 'no reason given'}")
@@ -501,6 +507,7 @@ def argument_spec() -> dict[str, Any]:
         "tags": {"type": "dict", "default": {}},
         "replace": {"type": "bool", "default": False},
         "force_upgrade": {"type": "bool", "default": False},
+        "kubernetes_version": {"type": "str", "default": ""},
         "purge": {"type": "bool", "default": True},
         "wait_timeout": {"type": "int", "default": 2400},
     }

@@ -148,7 +148,7 @@ class PodIdentities:
             self._write(
                 "update_pod_identity_association", account, associationId=now["associationId"], roleArn=role_arn
             )
-        retag(self.api, self.changes, resource, now["associationArn"], now.get("tags", {}), self.tags)
+        retag(self.api, self.changes, resource, now["associationArn"], have=now.get("tags", {}), want=self.tags)
 
     def _write(self, operation: str, account: Account, **arguments: Any) -> None:
         # A role made a moment ago is not known to EKS at once.

@@ -8,11 +8,14 @@ DOCUMENTATION = r"""
 module: k8s_apply_set
 short_description: Reconcile a set of Kubernetes objects in one call
 description:
-  - Applies every object server-side with one field manager, repairs fields that an operator does not keep, deletes what carries the
+  - Applies every object server-side with one field manager, repairs fields that an operator does not keep, deletes
+    what carries the
     set's labels and is no longer declared, and waits once, with evidence when the wait fails.
-  - In check mode the API server is asked with a dry run. Objects whose namespace or CRD does not exist yet are predicted as created.
+  - In check mode the API server is asked with a dry run. Objects whose namespace or CRD does not exist yet are
+    predicted as created.
   - Values of Secrets never appear in the diff.
-  - The cluster is found as kubernetes.core finds it (E(K8S_AUTH_KUBECONFIG), E(K8S_AUTH_CONTEXT), E(K8S_AUTH_HOST), E(KUBECONFIG)).
+  - The cluster is found as kubernetes.core finds it (E(K8S_AUTH_KUBECONFIG), E(K8S_AUTH_CONTEXT), E(K8S_AUTH_HOST),
+    E(KUBECONFIG)).
 options:
   objects:
     description: The objects that should exist.
@@ -24,17 +27,20 @@ options:
     type: path
   labels:
     description: >-
-      Labels of every object of the set. C(app.kubernetes.io/part-of), C(app.kubernetes.io/component) and C(app.kubernetes.io/instance)
+      Labels of every object of the set. C(app.kubernetes.io/part-of), C(app.kubernetes.io/component) and
+      C(app.kubernetes.io/instance)
       also tell which objects are the set's own when pruning.
     type: dict
     required: true
   state:
-    description: With V(absent) the declared objects and those of O(prune_kinds) with the set's labels are deleted and waited for.
+    description: With V(absent) the declared objects and those of O(prune_kinds) with the set's labels are deleted and
+      waited for.
     type: str
     choices: [present, absent]
     default: present
   adopt:
-    description: Whether objects that exist without our part-of label may be taken over; otherwise they stop the run before any change.
+    description: Whether objects that exist without our part-of label may be taken over; otherwise they stop the run
+      before any change.
     type: bool
     default: true
   adopt_hint:
@@ -47,13 +53,15 @@ options:
     default: false
   gone:
     description: >-
-      Objects (C(api_version), C(kind), C(namespace), C(selector)) that have to be gone before O(state=absent) is reached.
+      Objects (C(api_version), C(kind), C(namespace), C(selector)) that have to be gone before O(state=absent) is
+      reached.
     type: list
     elements: dict
     default: []
   align:
     description: >-
-      Rules with C(api_version), C(kind), C(namespace), C(name) or C(selector), and C(merge): fields of derived objects to be kept. Lists of
+      Rules with C(api_version), C(kind), C(namespace), C(name) or C(selector), and C(merge): fields of derived objects
+      to be kept. Lists of
       entries with a C(name) or C(groupName) are merged by it.
     type: list
     elements: dict
@@ -70,7 +78,8 @@ options:
     default: []
   wait_for:
     description: >-
-      Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments, CRDs and RayServices are known,
+      Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments, CRDs
+      and RayServices are known,
       other kinds are ready by their condition (Ready, where none is named).
     type: list
     elements: dict

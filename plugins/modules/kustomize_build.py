@@ -8,11 +8,14 @@ DOCUMENTATION = r"""
 module: kustomize_build
 short_description: Build a kustomization into a JSON file of objects
 description:
-  - Runs C(kubectl kustomize) and fits the result to the cluster (namespace, image, resources, arguments of its Deployment).
-  - The result is kept under a name made of everything it depends on, so a rerun builds nothing. Nothing but that cache is written.
+  - Runs C(kubectl kustomize) and fits the result to the cluster (namespace, image, resources, arguments of its
+    Deployment).
+  - The result is kept under a name made of everything it depends on, so a rerun builds nothing. Nothing but that cache
+    is written.
 options:
   source:
-    description: A folder with a kustomization, or an address that kustomize fetches. An address is taken to be pinned by its C(ref).
+    description: A folder with a kustomization, or an address that kustomize fetches. An address is taken to be pinned
+      by its C(ref).
     type: str
     required: true
   cache_dir:
@@ -29,7 +32,8 @@ options:
     required: true
   deployment:
     description: >-
-      Overrides for the kustomization's Deployment: C(image), C(replicas), C(resources), C(env), C(node_selector), C(tolerations),
+      Overrides for the kustomization's Deployment: C(image), C(replicas), C(resources), C(env), C(node_selector),
+      C(tolerations),
       C(feature_gates) (name to bool), C(args).
     type: dict
     default: {}
@@ -77,7 +81,8 @@ Json = dict[str, Any]
 
 
 def source_state(source: str) -> str:
-    """What stands for the source's content: for a folder, names, sizes and times of its tree; for an address, itself."""
+    """What stands for the source's content: for a folder, names, sizes and times of its tree; for an address,
+    itself."""
     folder = Path(source)
     if not folder.is_dir():
         return source
@@ -154,8 +159,9 @@ def main() -> None:
             module.fail_json(msg=f"{' '.join(command)}: {error}")
         if built.returncode != 0:
             module.fail_json(
-                msg=f"{' '.join(command)} failed: {built.stderr.strip()[-1500:]} (source {given['source']} has to be a folder with "
-                "a kustomization, or an address that git can fetch from here)"
+                msg=f"{' '.join(command)} failed: {built.stderr.strip()[-1500:]} "
+                f"(source {given['source']} has to be a folder with a kustomization, "
+                "or an address that git can fetch from here)"
             )
         objects = fit(load_yaml(built.stdout), given["namespace"], given["deployment"], CLUSTER_SCOPED)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,15 @@ DOCUMENTATION = r"""
 module: model_files
 short_description: Bring the files of all models into a bucket
 description:
-  - Each model's files go below C(models/<id>/<content digest>/); a manifest with source, revision, licence and checksums is written last.
+  - Each model's files go below C(models/<id>/<content digest>/); a manifest with source, revision, licence and
+    checksums is written last.
   - A rerun reads no file whose size and modification time it knows and uploads nothing that is in the bucket.
   - In check mode nothing is downloaded or uploaded; the bucket need not exist.
 options:
   models:
     description: >-
-      The models: C(id), C(source) (a folder, an s3:// address, or a hub id), optional C(revision), C(license), C(checksum).
+      The models: C(id), C(source) (a folder, an s3:// address, or a hub id), optional C(revision), C(license),
+      C(checksum).
     type: list
     elements: dict
     required: true
@@ -89,6 +91,7 @@ models:
   returned: success
 """
 
+import importlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -100,13 +103,12 @@ from ansible.module_utils.model_sync import HUB_ID, Bucket, ModelError, Result, 
 
 def hub_module() -> Any:
     try:
-        import huggingface_hub  # noqa: PLC0415 - only a model of a hub needs it
+        return importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise ModelError(
-            "a model comes from a hub, and the Python package huggingface_hub is not installed: install rayplane's extra 'hub' "
-            "(uv sync --extra hub), or name a folder or an s3:// address as source"
+            "a model comes from a hub, and the Python package huggingface_hub is not installed: "
+            "install rayplane's extra 'hub' (uv sync --extra hub), or name a folder or an s3:// address as source"
         ) from error
-    return huggingface_hub
 
 
 def is_hub(model: dict[str, Any]) -> bool:

@@ -8,11 +8,14 @@ DOCUMENTATION = r"""
 module: openai_smoke
 short_description: Ask every model something through the OpenAI API and judge the answers
 description:
-  - For each model the list of models, a chat completion (twice, at temperature 0), a completion and a streamed chat completion are asked
+  - For each model the list of models, a chat completion (twice, at temperature 0), a completion and a streamed chat
+    completion are asked
     for with the C(openai) package. Finish reason, token counts and the text are checked.
-  - While nothing answers, the question is asked again until O(timeout) is over, because a service that has just been deployed may still be
+  - While nothing answers, the question is asked again until O(timeout) is over, because a service that has just been
+    deployed may still be
     starting. An answer that is wrong three times fails at once.
-  - Without O(base_url) the Service in the cluster is reached through a C(kubectl port-forward) that lives as long as the call.
+  - Without O(base_url) the Service in the cluster is reached through a C(kubectl port-forward) that lives as long as
+    the call.
   - Nothing is changed. In check mode nothing is asked.
 options:
   base_url:
@@ -33,7 +36,8 @@ options:
     default: ""
   models:
     description: >-
-      What to ask: C(id), C(route_prefix), and optionally C(prompt), C(expect) (a text that the chat answer must contain), C(max_tokens).
+      What to ask: C(id), C(route_prefix), and optionally C(prompt), C(expect) (a text that the chat answer must
+      contain), C(max_tokens).
     type: list
     elements: dict
     required: true

@@ -220,6 +220,18 @@ def test_bad_model(entry: dict[str, Any], variable: str, reason: str, cure: str)
     assert cure in problem.cure
 
 
+def test_misspelt_keys_of_a_model_name_the_nearest() -> None:
+    entry = model(replica={"min": 1}, replicas={"minimum": 1}, resources={"gpus": 1, "gpu": 1})
+    problems = found(rayservice_models=[entry])
+    assert problems["rayservice_models[0].replica"].cure == "did you mean replicas?"
+    assert problems["rayservice_models[0].replicas.minimum"].cure == "did you mean min?"
+    assert problems["rayservice_models[0].resources.gpus"].cure == "did you mean gpu?"
+
+
+def test_an_empty_model_list_warns() -> None:
+    assert found(rayservice_models=[])["rayservice_models"].warning
+
+
 def test_duplicate_ids_name_the_first() -> None:
     problem = found(rayservice_models=[model(), model(id="other"), model()])["rayservice_models[2].id"]
     assert "taken by rayservice_models[0]" in problem.reason

@@ -169,6 +169,12 @@ def test_unknown_profile_names_the_nearest() -> None:
     assert "known profiles: team-a" in problem.cure
 
 
+def test_a_profile_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "team-b")
+    (problem,) = live.check_aws(KEYS, "", "us-west-2", "http://127.0.0.1:9")
+    assert (problem.variable, problem.value) == ("platform_aws_profile", "team-b")
+
+
 def test_an_endpoint_where_nothing_listens() -> None:
     (problem,) = live.check_aws(KEYS, "", "us-west-2", "http://127.0.0.1:9")
     assert problem.variable == "platform_aws_endpoint_url"

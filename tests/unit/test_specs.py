@@ -165,6 +165,7 @@ def test_only_the_marked_section_is_touched(tmp_path: Path) -> None:
     arguments = ["--project", str(tmp_path)]
     readme = role / "README.md"
     assert spec_docs.main([*arguments, "--check"]) == 1
+    assert spec_docs.main([*arguments, "another"]) == 0
     assert not readme.exists()
     assert spec_docs.main(arguments) == 0
     begun = readme.read_text(encoding="utf-8")

@@ -206,7 +206,9 @@ def problems(settings: Settings) -> list[Problem]:
     """Everything that stands against the platform on this machine."""
     release = Path("/etc/os-release")
     at = nearest(settings.home)
-    tables = [path.read_text() for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.is_file()]
+    # Only root sees who holds a port, and holders may be the platform itself.
+    sources = (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if os.geteuid() == 0 else ()
+    tables = [path.read_text() for path in sources if path.is_file()]
     return [
         *user(os.geteuid()),
         *system(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from . import images, parts, services
+from . import images, mounts, parts, services
 from .errors import PlatformError
 from .keys import content_key, read_json, write_text
 from .progress import Step
@@ -181,7 +181,7 @@ def clear(settings: Settings, step: Step) -> None:
     if services.states(settings).get("kubelet") in ("RUNNING", "STARTING", "BACKOFF"):
         server.stopProcess("kubelet")
     remove_containers(settings)
-    unmount_below(KUBELET_FOLDER)
+    mounts.unmount_below(KUBELET_FOLDER)
     for folder in (KUBERNETES_FOLDER, KUBELET_FOLDER):
         empty(folder)
     shutil.rmtree(settings.state / "etcd", ignore_errors=True)
@@ -211,23 +211,3 @@ def remove_containers(settings: Settings) -> int:
         if done.returncode != 0 and "not found" not in done.stderr:
             raise PlatformError(f"container {name} could not be deleted: {done.stderr.strip()}")
     return len(names)
-
-
-def mounts() -> list[Path]:
-    """Every mount point, deepest first."""
-    points = [
-        line.split()[1].encode().decode("unicode_escape") for line in Path("/proc/self/mounts").read_text().splitlines()
-    ]
-    return sorted({Path(point) for point in points}, key=lambda path: len(path.parts), reverse=True)
-
-
-def unmount_below(folder: Path) -> int:
-    """Unmount everything at or below a folder; gives the number."""
-    count = 0
-    for point in mounts():
-        if point == folder or folder in point.parents:
-            done = run(["umount", point], check=False)
-            if done.returncode != 0:
-                run(["umount", "--lazy", point])
-            count += 1
-    return count

@@ -12,7 +12,7 @@ import xmlrpc.client
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import cluster, firewall, network, services
+from . import cluster, firewall, mounts, network, services
 from .errors import PlatformError
 from .keys import read_json
 from .locking import start_time
@@ -151,11 +151,11 @@ def take_down(settings: Settings, report: Report) -> list[str]:
     # A container that containerd was starting meanwhile.
     stop_containers(settings)
     mounted = sum(
-        cluster.unmount_below(folder)
+        mounts.unmount_below(folder)
         for folder in (settings.state, KUBELET_FOLDER if owned_folders(settings) else settings.state)
     )
     for namespace in namespaces:
-        mounted += cluster.unmount_below(namespace)
+        mounted += mounts.unmount_below(namespace)
         namespace.unlink(missing_ok=True)
     if mounted:
         done.append(f"{mounted} mounts")

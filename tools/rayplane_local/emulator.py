@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import ministack.app as ministack  # type: ignore[import-not-found,unused-ignore]
+from emulator_eks import install as add_eks_updates  # type: ignore[import-not-found,unused-ignore]
 from hypercorn.asyncio import serve  # type: ignore[import-not-found,unused-ignore]
 from hypercorn.config import Config  # type: ignore[import-not-found,unused-ignore]
 from ministack.core import persistence  # type: ignore[import-not-found,unused-ignore]
@@ -21,10 +22,12 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# The names of calls that only read, as they stand in a form body (Action=...) or in the X-Amz-Target header.
-READING = (b"Describe", b"Get", b"List", b"Head", b"Batch", b"Search", b"Lookup", b"Simulate")
+# How the names of calls that only read begin, in a form body (Action=...) or in the X-Amz-Target header.
+READING = (b"Describe", b"Get", b"List")
+BACKGROUND_SECONDS = 5
 
 saved: dict[str, str] = {}
+loaded = asyncio.Event()
 
 
 def reads_only(method: str, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
@@ -33,9 +36,9 @@ def reads_only(method: str, headers: list[tuple[bytes, bytes]], body: bytes) -> 
         return True
     for name, value in headers:
         if name.lower() == b"x-amz-target":
-            return value.rpartition(b".")[2].startswith(READING[:3])
+            return value.rpartition(b".")[2].startswith(READING)
     _, found, action = body.partition(b"Action=")
-    return bool(found) and method == "POST" and action.startswith(READING[:3])
+    return bool(found) and method == "POST" and action.startswith(READING)
 
 
 def save_changes() -> None:
@@ -52,6 +55,15 @@ def save_changes() -> None:
 
 async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """MiniStack's application, with its state on disk before the answer starts."""
+    if scope["type"] == "lifespan":
+
+        async def start_saving_and_send(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                loaded.set()
+            await send(message)
+
+        await ministack.app(scope, receive, start_saving_and_send)
+        return
     if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
         await ministack.app(scope, receive, send)
         return
@@ -72,8 +84,25 @@ async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> 
     await ministack.app(scope, receive_and_look, save_and_send)
 
 
-if __name__ == "__main__":
+async def save_now_and_then() -> None:
+    """Save what changes without a request: a cluster that becomes active, a schedule that fires."""
+    # Not before MiniStack has read what it wrote last time: its services are empty until then.
+    await loaded.wait()
+    while True:
+        await asyncio.sleep(BACKGROUND_SECONDS)
+        save_changes()
+
+
+async def main(binds: list[str]) -> None:
+    """Serve until a signal ends it."""
+    add_eks_updates()
     config = Config()
-    config.bind = sys.argv[1:]
+    config.bind = binds
     config.keep_alive_timeout = 75
-    asyncio.run(serve(app, config))
+    background = asyncio.create_task(save_now_and_then())
+    await serve(app, config)
+    background.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

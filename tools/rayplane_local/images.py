@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import oci, parts
+from . import mounts, oci, parts
 from .errors import CommandError, PlatformError
 from .keys import content_key, read_json, write_text
 from .progress import Step
@@ -65,7 +66,11 @@ def make_base(settings: Settings, step: Step) -> None:
     """Make the root file system from Debian's packages, with this machine's own package sources."""
     target = base_file(settings)
     work = settings.images / f".{target.name}.new.tar"
-    settings.images.mkdir(parents=True, exist_ok=True)
+    scratch = settings.images / ".scratch"
+    if scratch.exists():  # of a run that was killed
+        mounts.unmount_below(scratch)
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)
     run_long(
         [
             "mmdebstrap",
@@ -78,8 +83,10 @@ def make_base(settings: Settings, step: Step) -> None:
         ],
         step,
         settings.build_logs / "base-image.log",
+        env={"TMPDIR": str(scratch)},
         note=lambda line, count: line[:60],
     )
+    shutil.rmtree(scratch)
     work.rename(target)
     for other in settings.images.glob("*.tar"):
         if other != target:

@@ -26,6 +26,8 @@ NEEDED: dict[str, str] = {
     "mount": "mount",
     "/usr/bin/python3.11": "python3",
 }
+# Another apt-get (unattended upgrades, the end of a killed run) may hold the lock for a while.
+WAIT = ("-o", "DPkg::Lock::Timeout=300")
 PATHS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 
@@ -44,9 +46,11 @@ def install(settings: Settings, names: list[str], step: Step) -> None:
     """Install packages; the lists are brought up to date first."""
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     log = settings.build_logs / "packages.log"
-    run_long(["apt-get", "update", "-q"], step, log, env=environment, note=lambda line, count: line[:60])
+    run_long(["apt-get", "update", "-q", *WAIT], step, log, env=environment, note=lambda line, count: line[:60])
+    # What a killed installation left half done would make the next one fail.
+    run_long(["dpkg", "--configure", "-a"], step, log, env=environment)
     run_long(
-        ["apt-get", "install", "-y", "-q", "--no-install-recommends", *names],
+        ["apt-get", "install", "-y", "-q", "--no-install-recommends", *WAIT, *names],
         step,
         log,
         env=environment,

@@ -311,9 +311,8 @@ def link_programs(settings: Settings) -> list[str]:
 
 def prune(settings: Settings) -> None:
     """Remove parts of earlier keys, and what cut-off builds left."""
-    keep = {path for item in PARTS if (path := folder(settings, item)) is not None}
     for item in PARTS:
         for pattern in (f"{item.name}-*-build", f"{item.name}-*-release", f".{item.name}-*.new"):
             for path in settings.parts.glob(pattern):
-                if path not in keep:
+                if path.name.startswith(".") or item.key() not in path.name:
                     shutil.rmtree(path, ignore_errors=True)

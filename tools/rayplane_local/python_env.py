@@ -80,11 +80,13 @@ def make(settings: Settings, name: str, step: Step) -> None:
 
 
 def publish_serve(settings: Settings) -> list[str]:
-    """Point serve/current at the current environment and drop earlier ones that no pod can be using any more."""
-    target = folder(settings, "serve")
-    changed = link(settings.home / "serve" / "current", target)
-    if changed:
-        for other in (settings.home / "serve").iterdir():
-            if other.is_dir() and not other.is_symlink() and other != target:
-                shutil.rmtree(other, ignore_errors=True)
-    return ["serve/current"] if changed else []
+    """Point serve/current at the current environment."""
+    return ["serve/current"] if link(settings.home / "serve" / "current", folder(settings, "serve")) else []
+
+
+def prune_serve(settings: Settings) -> None:
+    """Remove earlier serving environments. Pods that run have theirs mounted, so this is for when none runs."""
+    root = settings.home / "serve"
+    for other in root.iterdir() if root.is_dir() else ():
+        if other.is_dir() and not other.is_symlink() and other != folder(settings, "serve"):
+            shutil.rmtree(other, ignore_errors=True)

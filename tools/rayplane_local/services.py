@@ -139,12 +139,13 @@ def cni_config(settings: Settings) -> str:
 def kubelet_script(settings: Settings) -> str:
     """Waits for what kubeadm writes, then becomes the kubelet."""
     config, flags = KUBELET_FOLDER / "config.yaml", KUBELET_FOLDER / "kubeadm-flags.env"
+    kubelet = shlex.quote(str(parts.program(settings, "kubelet")))
     return f"""#!/bin/sh
 set -eu
 until [ -s {config} ] && [ -s {flags} ]; do sleep 0.2; done
 . {flags}
-exec {shlex.quote(str(parts.program(settings, "kubelet")))} --config={config} \\
-    --kubeconfig={KUBERNETES_FOLDER}/kubelet.conf --bootstrap-kubeconfig={KUBERNETES_FOLDER}/bootstrap-kubelet.conf $KUBELET_KUBEADM_ARGS
+exec {kubelet} --config={config} --kubeconfig={KUBERNETES_FOLDER}/kubelet.conf \\
+    --bootstrap-kubeconfig={KUBERNETES_FOLDER}/bootstrap-kubelet.conf $KUBELET_KUBEADM_ARGS
 """
 
 
@@ -214,8 +215,11 @@ def files(settings: Settings) -> dict[Path, tuple[str, int, str]]:
         state / "containerd" / "config.toml": (containerd_config(settings), 0o644, "containerd"),
         state / "cni" / "10-rayplane.conflist": (cni_config(settings), 0o644, ""),
         state / "supervisor" / "kubelet.sh": (kubelet_script(settings), 0o755, "kubelet"),
-        # A copy: the processes must not need the checkout that started them.
-        state / "supervisor" / "emulator.py": (Path(__file__).with_name("emulator.py").read_text(), 0o644, "emulator"),
+        # Copies: the processes must not need the checkout that started them.
+        **{
+            state / "supervisor" / name: (Path(__file__).with_name(name).read_text(), 0o644, "emulator")
+            for name in ("emulator.py", "emulator_eks.py")
+        },
         state / "supervisor" / "supervisord.conf": (supervisor_config(settings), 0o600, "supervisord"),
     }
 
@@ -248,7 +252,7 @@ def start(settings: Settings, step: Step) -> None:
         clear_stale(settings)
         # With an empty environment: that of the run that happened to start it (proxies, credentials) is nobody's
         # business here.
-        command = [
+        command: list[str | Path] = [
             python_env.folder(settings, "services") / "bin" / "supervisord",
             "--configuration",
             settings.state / "supervisor" / "supervisord.conf",

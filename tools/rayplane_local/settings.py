@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,28 @@ RUN = Path("/run/rayplane")
 KUBERNETES_FOLDER = Path("/etc/kubernetes")
 KUBELET_FOLDER = Path("/var/lib/kubelet")
 MARKER = ".rayplane"
+
+
+def _from_text(name: str, text: str, kind: type) -> bool | int | float:
+    """A value that came as text: Ansible's `-e name=value` gives nothing else."""
+    if kind is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if text.lower() not in words:
+            raise ValueError(f"{name} must be true or false, not {text!r}")
+        return words[text.lower()]
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, not {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -53,11 +76,38 @@ class Settings:
         given["home"] = Path(given["home"]).expanduser()
         if not given["home"].is_absolute():
             raise ValueError(f"the local platform's home must be an absolute path, not {given['home']}")
+        for item in dataclasses.fields(cls):
+            if isinstance(given.get(item.name), str) and isinstance(item.default, (bool, int, float)):
+                given[item.name] = _from_text(item.name, given[item.name], type(item.default))
         if "node_ports" in given:
             given["node_ports"] = tuple(int(port) for port in given["node_ports"])
         if given.get("source", "auto") not in ("auto", "release", "build"):
             raise ValueError(f"source must be auto, release or build, not {given['source']!r}")
-        return cls(**given)
+        settings = cls(**given)
+        settings.check_addresses()
+        return settings
+
+    def check_addresses(self) -> None:
+        """Raise ValueError where the subnets overlap, or hold the platform's address."""
+        subnets = {
+            "local_platform_pod_subnet": ipaddress.ip_network(self.pod_subnet),
+            "local_platform_service_subnet": ipaddress.ip_network(self.service_subnet),
+        }
+        pods, cluster_ips = subnets.values()
+        for name, subnet in subnets.items():
+            if ipaddress.ip_address(self.address) in subnet:
+                raise ValueError(
+                    f"{name} ({subnet}) holds local_platform_address ({self.address}): choose one outside it."
+                )
+        if pods.overlaps(cluster_ips):
+            raise ValueError(
+                f"local_platform_pod_subnet ({pods}) and local_platform_service_subnet ({cluster_ips}) overlap."
+            )
+        node = ipaddress.ip_network(self.node_pod_subnet)
+        if not (node.network_address in pods and node.prefixlen >= pods.prefixlen):
+            raise ValueError(
+                f"local_platform_node_pod_subnet ({node}) is not inside local_platform_pod_subnet ({pods})."
+            )
 
     @property
     def state(self) -> Path:

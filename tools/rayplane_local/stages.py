@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import addons, checks, cluster, images, model, packages, parts, python_env, releases, services
+from . import addons, checks, cluster, down, images, model, packages, parts, python_env, releases, services
 from .errors import PlatformError
 from .graph import Work, run_graph
 from .progress import Report, Step, table
@@ -132,6 +132,8 @@ def artefacts(settings: Settings, report: Report) -> Result:
         report(f"  to do: {', '.join(work.name for work in works)}")
         times = run_graph(works, report)
     changed = [*[work.name for work in works], *parts.link_programs(settings), *python_env.publish_serve(settings)]
+    if not down.bundles(settings):
+        python_env.prune_serve(settings)
     if works:
         parts.prune(settings)
         for line in table(times):

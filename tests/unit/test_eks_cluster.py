@@ -1,0 +1,297 @@
+"""The control plane: creation, property by property updates, upgrades in order, refusals, bounded waits."""
+
+# ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
+from typing import Any
+
+import eks_cluster
+import pytest
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from aws_fake import Clock, FakeClient, refusal
+
+PARAMS = {
+    "name": "c1",
+    "state": "present",
+    "version": "1.34",
+    "role_arn": "arn:aws:iam::1:role/c1",
+    "subnet_ids": ["subnet-a", "subnet-b"],
+    "security_group_ids": [],
+    "endpoint_public_access": True,
+    "endpoint_private_access": True,
+    "public_access_cidrs": ["0.0.0.0/0"],
+    "service_ipv4_cidr": "",
+    "log_types": ["api", "audit"],
+    "encryption_key_arn": "",
+    "authentication_mode": "API",
+    "creator_is_admin": True,
+    "support_type": "",
+    "tags": {"Project": "rayplane"},
+    "wait_timeout": 100,
+}
+
+
+class FakeEks:
+    """One cluster that takes updates like EKS does, one at a time."""
+
+    def __init__(self, **overrides: Any) -> None:
+        self.cluster: dict[str, Any] | None = {
+            "name": "c1",
+            "arn": "arn:aws:eks:us-west-2:1:cluster/c1",
+            "version": "1.34",
+            "status": "ACTIVE",
+            "roleArn": "arn:aws:iam::1:role/c1",
+            "endpoint": "https://c1",
+            "certificateAuthority": {"data": "Q0E="},
+            "resourcesVpcConfig": {
+                "subnetIds": ["subnet-b", "subnet-a"],
+                "securityGroupIds": [],
+                "endpointPublicAccess": True,
+                "endpointPrivateAccess": True,
+                "publicAccessCidrs": ["0.0.0.0/0"],
+                "clusterSecurityGroupId": "sg-1",
+            },
+            "logging": {
+                "clusterLogging": [
+                    {"types": ["api", "audit"], "enabled": True},
+                    {"types": ["scheduler"], "enabled": False},
+                ]
+            },
+            "accessConfig": {"authenticationMode": "API"},
+            "tags": {"Project": "rayplane", "rayplane.io/cluster": "c1"},
+            **overrides,
+        }
+        self.update_status = ["InProgress", "Successful"]
+        self.groups: list[str] = []
+        self._polls: list[str] = []
+        self.client = FakeClient(
+            "eks",
+            describe_cluster=self.describe_cluster,
+            create_cluster=self.create_cluster,
+            update_cluster_version=self.update_cluster_version,
+            update_cluster_config=self.update,
+            associate_encryption_config=self.update,
+            describe_update=self.describe_update,
+            tag_resource=lambda **_: {},
+            list_nodegroups=lambda **_: {"nodegroups": list(self.groups)},
+            describe_nodegroup=lambda **_: {"nodegroup": {"status": "ACTIVE"}},
+            delete_nodegroup=lambda nodegroupName, **_: self.groups.remove(nodegroupName) or {},
+            delete_cluster=self.delete_cluster,
+        )
+
+    def describe_cluster(self, name: str) -> Any:
+        if self.cluster is None:
+            raise refusal("ResourceNotFoundException")
+        return {"cluster": self.cluster}
+
+    def create_cluster(self, **given: Any) -> Any:
+        self.cluster = {**given, "arn": "arn:c1", "status": "ACTIVE", "endpoint": "https://c1"}
+        return {"cluster": self.cluster}
+
+    def delete_cluster(self, name: str) -> Any:
+        assert not self.groups
+        self.cluster = None
+        return {}
+
+    def update_cluster_version(self, name: str, version: str) -> Any:
+        assert self.cluster
+        assert int(version.split(".")[1]) == int(self.cluster["version"].split(".")[1]) + 1
+        self.cluster = {**self.cluster, "version": version}
+        return self.update()
+
+    def update(self, **_: Any) -> Any:
+        self._polls = list(self.update_status)
+        return {"update": {"id": "u1", "status": "InProgress"}}
+
+    def describe_update(self, **_: Any) -> Any:
+        status = self._polls.pop(0) if len(self._polls) > 1 else self._polls[0]
+        errors = [{"errorCode": "IpNotAvailable", "errorMessage": "no addresses"}] if status == "Failed" else []
+        return {"update": {"id": "u1", "status": status, "type": "VersionUpdate", "errors": errors}}
+
+
+def converge(eks: FakeEks, check: bool = False, **params: Any) -> tuple[dict[str, Any], Changes]:
+    changes = Changes(check)
+    cluster = eks_cluster.Cluster({**PARAMS, **params}, Api(eks.client, changes), changes)
+    return (cluster.absent() if params.get("state") == "absent" else cluster.present()), changes
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_nothing_to_do_writes_nothing() -> None:
+    eks = FakeEks()
+    facts, changes = converge(eks)
+    assert changes.result() == {"changed": False, "actions": [], "diff": []}
+    assert eks.client.writes() == []
+    assert facts["cluster"]["endpoint"] == "https://c1"
+    assert facts["cluster"]["security_group_id"] == "sg-1"
+
+
+def test_check_mode_predicts_a_new_cluster_and_writes_nothing() -> None:
+    eks = FakeEks()
+    eks.cluster = None
+    facts, changes = converge(eks, check=True, role_arn="<new role c1>", subnet_ids=["<new subnet>"])
+    assert changes.actions == ["create cluster c1"]
+    assert changes.result()["diff"][0]["after"]["version"] == "1.34"
+    assert eks.client.writes() == []
+    assert facts == {"cluster": {}}
+
+
+def test_a_new_cluster_gets_everything_in_one_call() -> None:
+    eks = FakeEks()
+    eks.cluster = None
+    converge(eks, encryption_key_arn="arn:key", service_ipv4_cidr="10.100.0.0/16", support_type="STANDARD")
+    ((operation, given),) = eks.client.writes()
+    assert operation == "create_cluster"
+    assert given["accessConfig"] == {"authenticationMode": "API", "bootstrapClusterCreatorAdminPermissions": True}
+    assert given["encryptionConfig"] == [{"resources": ["secrets"], "provider": {"keyArn": "arn:key"}}]
+    assert given["tags"]["rayplane.io/cluster"] == "c1"
+
+
+def test_a_new_cluster_waits_for_its_role_to_be_known() -> None:
+    eks = FakeEks()
+    eks.cluster = None
+    answers = [refusal("InvalidParameterException", "Role c1 could not be assumed"), None]
+    create = eks.create_cluster
+
+    def create_later(**given: Any) -> Any:
+        error = answers.pop(0)
+        if error:
+            raise error
+        return create(**given)
+
+    eks.client.handlers["create_cluster"] = create_later
+    converge(eks)
+    assert answers == []
+
+
+def test_upgrade_goes_one_minor_version_at_a_time() -> None:
+    eks = FakeEks(version="1.32")
+    _, changes = converge(eks)
+    assert [given["version"] for name, given in eks.client.writes() if name == "update_cluster_version"] == [
+        "1.33",
+        "1.34",
+    ]
+    assert changes.actions == [
+        "update cluster c1: version: 1.32 -> 1.33",
+        "update cluster c1: version: 1.33 -> 1.34",
+    ]
+
+
+def test_check_mode_predicts_every_step_of_an_upgrade() -> None:
+    eks = FakeEks(version="1.32")
+    _, changes = converge(eks, check=True)
+    assert len(changes.actions) == 2
+    assert eks.client.writes() == []
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "reason"),
+    [
+        ("1.35", "1.34", "cannot go back"),
+        ("1.30", "1.34", 'deploy "1.33" first'),
+        ("1.34", "v1.34", "not of the form"),
+    ],
+)
+def test_impossible_versions_are_refused_before_anything_changes(have: str, want: str, reason: str) -> None:
+    eks = FakeEks(version=have, logging={})
+    with pytest.raises(PlatformError, match=reason):
+        converge(eks, version=want)
+    assert eks.client.writes() == []
+
+
+def test_without_a_version_nothing_is_upgraded() -> None:
+    eks = FakeEks(version="1.31")
+    _, changes = converge(eks, version="")
+    assert changes.actions == []
+
+
+def test_properties_are_updated_one_kind_at_a_time_and_named() -> None:
+    eks = FakeEks(
+        logging={"clusterLogging": [{"types": ["api", "scheduler"], "enabled": True}]},
+        accessConfig={"authenticationMode": "CONFIG_MAP"},
+        tags={"rayplane.io/cluster": "c1"},
+    )
+    _, changes = converge(eks, public_access_cidrs=["192.0.2.0/24"], subnet_ids=["subnet-a", "subnet-c"])
+    assert changes.actions == [
+        "update cluster c1: publicAccessCidrs: ['0.0.0.0/0'] -> ['192.0.2.0/24']",
+        "update cluster c1: subnetIds: ['subnet-a', 'subnet-b'] -> ['subnet-a', 'subnet-c']",
+        "update cluster c1: authenticationMode: CONFIG_MAP -> API",
+        "update cluster c1: logging: ['api', 'scheduler'] -> ['api', 'audit']",
+        "update cluster c1: tag Project: absent -> rayplane",
+    ]
+    configs = [given for name, given in eks.client.writes() if name == "update_cluster_config"]
+    assert [sorted(set(config) - {"name"}) for config in configs] == [
+        ["resourcesVpcConfig"],
+        ["resourcesVpcConfig"],
+        ["accessConfig"],
+        ["accessConfig"],
+        ["logging"],
+    ]
+    assert [config["accessConfig"]["authenticationMode"] for config in configs[2:4]] == ["API_AND_CONFIG_MAP", "API"]
+
+
+def test_encryption_is_added_but_never_changed() -> None:
+    eks = FakeEks()
+    _, changes = converge(eks, encryption_key_arn="arn:key")
+    assert changes.actions == ["update cluster c1: encryption_key: absent -> arn:key"]
+    eks = FakeEks(encryptionConfig=[{"provider": {"keyArn": "arn:old"}, "resources": ["secrets"]}])
+    with pytest.raises(PlatformError, match="cannot change the key"):
+        converge(eks, encryption_key_arn="arn:key")
+
+
+def test_access_mode_never_goes_back() -> None:
+    with pytest.raises(PlatformError, match="cannot go back to CONFIG_MAP"):
+        converge(FakeEks(), authentication_mode="CONFIG_MAP")
+
+
+def test_the_role_of_a_cluster_cannot_change() -> None:
+    with pytest.raises(PlatformError, match="keep the role"):
+        converge(FakeEks(), role_arn="arn:aws:iam::1:role/other")
+
+
+def test_a_failed_update_tells_what_aws_said() -> None:
+    eks = FakeEks(version="1.33")
+    eks.update_status = ["Failed"]
+    with pytest.raises(PlatformError, match="IpNotAvailable: no addresses"):
+        converge(eks)
+
+
+def test_waits_are_bounded_and_tell_what_was_seen(clock: Clock) -> None:
+    eks = FakeEks(status="UPDATING")
+    with pytest.raises(PlatformError, match="not there after 100 s, last seen: status UPDATING"):
+        converge(eks)
+    assert clock.now <= 100
+
+
+def test_a_refused_call_names_call_resource_reason_and_cure() -> None:
+    eks = FakeEks()
+
+    def refuse(name: str) -> Any:
+        raise refusal("AccessDeniedException", "not authorized")
+
+    eks.client.handlers["describe_cluster"] = refuse
+    with pytest.raises(PlatformError) as caught:
+        converge(eks)
+    assert str(caught.value) == (
+        "eks:DescribeCluster failed for cluster c1: AccessDeniedException: not authorized."
+        " Cure: give the deploying principal this permission"
+    )
+
+
+def test_deletion_takes_the_node_groups_first() -> None:
+    eks = FakeEks()
+    eks.groups = ["cpu", "gpu"]
+    _, changes = converge(eks, state="absent")
+    assert [name for name, _ in eks.client.writes()] == ["delete_nodegroup", "delete_nodegroup", "delete_cluster"]
+    assert changes.actions == ["delete node group cpu", "delete node group gpu", "delete cluster c1"]
+    _, changes = converge(eks, state="absent")
+    assert changes.actions == []
+
+
+def test_deletion_in_check_mode_deletes_nothing() -> None:
+    eks = FakeEks()
+    eks.groups = ["cpu"]
+    _, changes = converge(eks, check=True, state="absent")
+    assert len(changes.actions) == 2
+    assert eks.client.writes() == []

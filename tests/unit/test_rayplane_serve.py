@@ -1,0 +1,291 @@
+"""The Serve configuration, the Ray groups and the RayService that the model list becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from hypothesis import given
+from hypothesis import strategies as st
+from rayplane_serve import (
+    FilterModule,
+    quantity,
+    rayservice_alignment,
+    rayservice_objects,
+    rayservice_problems,
+    rayservice_routes,
+    rayservice_serve_config,
+    rayservice_worker_groups,
+    smoke_questions,
+)
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+LLAMA: dict[str, Any] = {
+    "id": "llama-3-8b",
+    "source": "meta-llama/Llama-3.1-8B-Instruct",
+    "replicas": {"min": 1, "max": 5, "target_ongoing_requests": 10},
+    "resources": {"cpu": 4, "memory": "16Gi", "gpu": 1, "accelerator": "nvidia-t4"},
+    "engine": {"max_model_len": 16384, "max_num_batched_tokens": 4096, "enable_chunked_prefill": True},
+}
+SMALL: dict[str, Any] = {
+    "id": "small",
+    "source": "/models/small",
+    "replicas": {"min": 1, "max": 2},
+    "resources": {"cpu": 2, "memory": "3Gi"},
+    "engine": {"enforce_eager": True, "max_model_len": 2048},
+    "env": {"VLLM_CPU_KVCACHE_SPACE": 1},
+    "verify": {"expect": "Paris"},
+}
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """The role's defaults, as its vars hand them to the filters."""
+    defaults = yaml.safe_load((PROJECT / "roles/rayservice/defaults/main.yml").read_text())
+    names = yaml.safe_load((PROJECT / "roles/rayservice/vars/main.yml").read_text())["__rayservice_settings"]
+    values = {key: defaults.get(f"rayservice_{key}") for key in names}
+    return {**values, "namespace": "llm", "labels": {"app.kubernetes.io/component": "rayservice"}, **changes}
+
+
+def rayservice(models: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    found = rayservice_objects(models, {"small": "s3://bucket/models/small/0123"}, settings(**changes))
+    return next(item for item in found if item["kind"] == "RayService")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [(4, 4), ("300m", 0.3), ("16Gi", 16 * 1024**3), ("1Ki", 1024), ("2M", 2e6), ("1.5", 1.5)]
+)
+def test_quantity(text: object, number: float) -> None:
+    assert quantity(text) == pytest.approx(number)
+
+
+@pytest.mark.parametrize("text", ["", "many", "16GiB", "-1", None])
+def test_quantity_refuses(text: object) -> None:
+    with pytest.raises(AnsibleFilterError, match="no Kubernetes quantity"):
+        quantity(text)
+
+
+def test_one_application_a_model_in_stable_order() -> None:
+    config = rayservice_serve_config([SMALL, LLAMA], {}, settings())
+    assert [app["name"] for app in config["applications"]] == ["llama-3-8b", "small"]
+    turned = rayservice_serve_config([LLAMA, SMALL], {}, settings())
+    assert yaml.safe_dump(config) == yaml.safe_dump(turned)
+
+
+def test_gpu_model() -> None:
+    app = rayservice_serve_config([LLAMA], {}, settings())["applications"][0]
+    llm = app["args"]["llm_configs"][0]
+    assert app["import_path"] == "ray.serve.llm:build_openai_app"
+    assert llm["accelerator_type"] == "T4"
+    assert "placement_group_config" not in llm
+    assert llm["model_loading_config"] == {"model_id": "llama-3-8b", "model_source": LLAMA["source"]}
+    assert llm["deployment_config"]["autoscaling_config"] == {
+        "min_replicas": 1, "max_replicas": 5, "target_ongoing_requests": 10,
+    }  # fmt: skip
+    assert llm["engine_kwargs"] == LLAMA["engine"]
+    # Left to itself Serve LLM's ingress would stay at one replica.
+    assert app["args"]["ingress_deployment_config"]["autoscaling_config"]["max_replicas"] > 1
+
+
+def test_cpu_model_has_bundles_and_no_accelerator() -> None:
+    app = rayservice_serve_config([SMALL], {"small": "s3://bucket/models/small/0123"}, settings())["applications"][0]
+    llm = app["args"]["llm_configs"][0]
+    assert "accelerator_type" not in llm
+    assert llm["placement_group_config"] == {"bundles": [{"CPU": 2}]}
+    assert llm["model_loading_config"]["model_source"] == {"bucket_uri": "s3://bucket/models/small/0123"}
+    assert llm["runtime_env"] == {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
+
+
+def test_deployment_options_pass_through() -> None:
+    model = {**SMALL, "deployment": {"max_ongoing_requests": 32, "autoscaling_config": {"upscale_delay_s": 5}}}
+    config = rayservice_serve_config([model], {}, settings())
+    deployment = config["applications"][0]["args"]["llm_configs"][0]["deployment_config"]
+    assert deployment["max_ongoing_requests"] == 32
+    assert deployment["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 5}
+
+
+def test_routes() -> None:
+    assert rayservice_routes([SMALL]) == {"small": "/"}
+    assert rayservice_routes([SMALL, LLAMA]) == {"small": "/small", "llama-3-8b": "/llama-3-8b"}
+    assert rayservice_routes([{**SMALL, "route_prefix": "/"}, LLAMA])["small"] == "/"
+
+
+def test_smoke_questions() -> None:
+    assert smoke_questions([SMALL]) == [{"id": "small", "route_prefix": "/", "expect": "Paris"}]
+
+
+def test_derived_groups() -> None:
+    big = {
+        **LLAMA,
+        "id": "big",
+        "resources": {**LLAMA["resources"], "cpu": 8, "gpu": 2},
+        "replicas": {"min": 0, "max": 2},
+    }
+    other = {**LLAMA, "id": "other", "resources": {"gpu": 1, "accelerator": "nvidia-l4"}}
+    groups = rayservice_worker_groups([LLAMA, big, other], settings())
+    assert [group["name"] for group in groups] == ["cpu", "nvidia-t4", "nvidia-l4"]
+    t4 = groups[1]
+    assert (t4["min"], t4["max"], t4["gpu"], t4["cpu"], t4["memory"]) == (1, 7, 2, 8, "16Gi")
+
+
+def test_groups_are_appended_for_a_new_accelerator() -> None:
+    """KubeRay keeps the running cluster only where new groups come last."""
+    before = rayservice_worker_groups([LLAMA], settings())
+    after = rayservice_worker_groups(
+        [LLAMA, {**LLAMA, "id": "b", "resources": {"gpu": 1, "accelerator": "nvidia-l4"}}], settings()
+    )
+    assert after[: len(before)] == before
+
+
+def test_a_group_of_size_zero_declares_its_accelerator() -> None:
+    model = {**LLAMA, "replicas": {"min": 0, "max": 3}}
+    group = rayservice([model])["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+    assert group["minReplicas"] == 0
+    assert group["resources"] == {"CPU": "4", "GPU": "1", "accelerator_type:T4": "1"}
+    # Both kinds of declaration in one group are refused by the operator.
+    assert not {"num-cpus", "num-gpus", "memory", "resources"} & set(group["rayStartParams"])
+
+
+def test_pods() -> None:
+    spec = rayservice([LLAMA])["spec"]["rayClusterConfig"]
+    head, gpu = spec["headGroupSpec"], spec["workerGroupSpecs"][1]["template"]["spec"]
+    assert head["resources"] == {"CPU": "0"}
+    assert head["template"]["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in head["template"]["spec"]["containers"][0]["env"]
+    assert gpu["tolerations"][0] == {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"name": "serve", "containerPort": 8000} in head["template"]["spec"]["containers"][0]["ports"]
+    names = [entry["name"] for entry in gpu["containers"][0]["env"]]
+    assert "HF_TOKEN" in names
+    assert "NVIDIA_VISIBLE_DEVICES" not in names
+
+
+def test_autoscaling_is_one_switch() -> None:
+    assert rayservice([LLAMA])["spec"]["rayClusterConfig"]["autoscalerOptions"]["version"] == "v2"
+    off = rayservice([LLAMA], autoscaling=False)["spec"]["rayClusterConfig"]
+    assert "enableInTreeAutoscaling" not in off
+    assert "autoscalerOptions" not in off
+
+
+def test_service() -> None:
+    service = rayservice([SMALL], service_type="NodePort", node_port=30080)["spec"]["serveService"]
+    assert service["spec"]["ports"][0]["nodePort"] == 30080
+    assert "nodePort" not in rayservice([SMALL], node_port=30080)["spec"]["serveService"]["spec"]["ports"][0]
+
+
+def test_engine_change_touches_serve_config_only() -> None:
+    """So the operator takes it in place, and starts no second cluster."""
+    before = rayservice([SMALL, LLAMA])["spec"]
+    after = rayservice([{**SMALL, "engine": {"max_model_len": 1024}}, LLAMA])["spec"]
+    assert before.pop("serveConfigV2") != after.pop("serveConfigV2")
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["a" * 48, "Upper", "1st", "dot.ted"])
+def test_name_is_refused(name: str) -> None:
+    with pytest.raises(AnsibleFilterError, match="rayservice_name"):
+        rayservice([SMALL], name=name)
+
+
+def test_alignment_leaves_replicas_to_the_autoscaler() -> None:
+    scaled = rayservice_alignment([rayservice([LLAMA])])
+    fixed = rayservice_alignment([rayservice([LLAMA], autoscaling=False)])
+    assert "replicas" not in scaled[0]["merge"]["spec"]["workerGroupSpecs"][0]
+    assert fixed[0]["merge"]["spec"]["workerGroupSpecs"][0]["replicas"] == 1
+    assert fixed[1]["name"] == "rayplane-serve-svc"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": "Llama_3"}, "id is 'Llama_3'"),
+        ({"id": None}, "DNS label"),
+        ({"source": ""}, "source is missing"),
+        ({"replicas": {"min": 3, "max": 1}}, "replicas.min is 3 and replicas.max 1"),
+        ({"replicas": {"min": -1, "max": 1}}, "min >= 0"),
+        ({"replicas": {"minimum": 1}}, "replicas.minimum is not known"),
+        ({"engine": {"tensor_parallel_size": 4}}, "engine.tensor_parallel_size is 4 and resources.gpu 1"),
+        ({"resources": {"accelerator": "nvidia-t4"}}, "resources.gpu 0"),
+        ({"resources": {"gpu": 1, "memory": "lots"}}, "resources.memory"),
+        ({"resources": {"gpu": -1}}, "resources.gpu is -1"),
+        ({"resources": "big"}, "resources is 'big'"),
+        ({"deployment": {"placement_group_bundles": []}}, "placement_group_bundles"),
+        ({"deployment": {"num_replicas": 2}}, "num_replicas stands beside replicas"),
+        ({"engin": {}}, "engin is no key of a model"),
+    ],
+)
+def test_problems(change: dict[str, Any], said: str) -> None:
+    found = rayservice_problems([{**LLAMA, **change}])
+    assert any(said in problem for problem in found), found
+    assert all(problem.startswith("rayservice_models[0]") for problem in found)
+
+
+def test_problems_all_in_one_pass() -> None:
+    found = rayservice_problems([{"id": "a"}, {"id": "a", "source": "x/y"}, "b"])
+    assert len(found) == 3
+    assert rayservice_problems([LLAMA, SMALL]) == []
+    assert rayservice_problems("llama")  # type: ignore[arg-type]
+    same = [{**LLAMA, "route_prefix": "/"}, {**SMALL, "route_prefix": "/"}]
+    assert "is taken by" in rayservice_problems(same)[0]
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), st.integers(0, 3), st.integers(1, 5))
+def test_every_model_is_served_once(names: list[str], low: int, extra: int) -> None:
+    models = [{**LLAMA, "id": name, "replicas": {"min": low, "max": low + extra}} for name in names]
+    assert rayservice_problems(models) == []
+    spec = rayservice(models)["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    assert sorted(app["name"] for app in config["applications"]) == sorted(names)
+    assert len({app["route_prefix"] for app in config["applications"]}) == len(names)
+    gpu = spec["rayClusterConfig"]["workerGroupSpecs"][1]
+    assert (gpu["minReplicas"], gpu["maxReplicas"]) == (low * len(names), (low + extra) * len(names))
+    json.dumps(spec)
+
+
+def test_filters_are_named() -> None:
+    assert set(FilterModule().filters()) >= {"rayservice_objects", "rayservice_problems", "smoke_questions"}
+
+
+SERVING = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane") / "serve/current/bin/python"
+
+VALIDATE = """
+import json, sys
+from ray.serve.schema import ServeDeploySchema
+from ray.serve.llm import LLMServingArgs
+config = json.load(sys.stdin)
+parsed = ServeDeploySchema.model_validate(config)
+for app in config["applications"]:
+    LLMServingArgs.model_validate(app["args"])
+print(len(parsed.applications))
+"""
+
+
+@pytest.mark.skipif(not SERVING.exists(), reason="the serving environment (Ray, vLLM) is not on this machine")
+@pytest.mark.timeout(300)
+def test_real_ray_accepts_the_configuration() -> None:
+    """Ray's own schemas take what the filters build, for a CPU and a GPU model with every key in use."""
+    full = {
+        **LLAMA,
+        "deployment": {"max_ongoing_requests": 64, "max_queued_requests": 100, "health_check_period_s": 10},
+        "replicas": {**LLAMA["replicas"], "initial": 2, "upscale_delay_s": 10, "downscale_delay_s": 300},
+        "env": {"A": 1},
+    }
+    config = rayservice_serve_config([SMALL, full], {"small": "s3://bucket/models/small/0123"}, settings())
+    environment = {**os.environ, "RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [str(SERVING), "-c", VALIDATE],
+        input=json.dumps(config),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("2")
