@@ -76,7 +76,7 @@ def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> A
     """UpdateNodegroupConfig."""
     record = eks._nodegroups[f"{cluster}/{group}"]
     record["scalingConfig"] = {**record["scalingConfig"], **body.get("scalingConfig", {})}
-    record["updateConfig"] = {**record.get("updateConfig", {}), **body.get("updateConfig", {})}
+    record["updateConfig"] = {**record.get("updateConfig", {"maxUnavailable": 1}), **body.get("updateConfig", {})}
     labels = body.get("labels", {})
     record["labels"] = {**record.get("labels", {}), **labels.get("addOrUpdateLabels", {})}
     for key in labels.get("removeLabels", []):

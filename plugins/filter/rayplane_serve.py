@@ -72,7 +72,7 @@ def rayservice_routes(models: Sequence[Json]) -> dict[str, str]:
     return {model["id"]: model.get("route_prefix") or ("/" if alone else f"/{model['id']}") for model in models}
 
 
-def rayservice_problems(models: Sequence[Json], accelerators: Mapping[str, Json] | None = None) -> list[str]:
+def rayservice_problems(models: Sequence[Json]) -> list[str]:
     """Everything that is wrong with the model list, each with variable, value, reason and cure; empty where nothing
     is."""
     problems: list[str] = []

@@ -28,6 +28,9 @@ INSTANCE = "app.kubernetes.io/instance"
 _VOLATILE = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
 _BOOKKEEPING = (DIGEST, "deployment.kubernetes.io/revision")
 _BASE_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+# Serve's word for a configuration that it tried and could not run; it may stand there from the configuration before.
+_FAILED = "DEPLOY_FAILED"
+_FAILED_PATIENCE_S = 60.0
 # Applied before everything else, in this order: others live in them or are instances of them.
 _FIRST = ("Namespace", "CustomResourceDefinition")
 # Lists whose entries have a name of their own, for alignment.
@@ -376,11 +379,16 @@ class ApplySet:
         started = time.monotonic()
         waiting = list(targets)
         reasons: dict[str, str] = {}
+        failed_since: float | None = None
         pause = poll
         while True:
             still = []
             for target in waiting:
-                state = self._state(target)
+                try:
+                    state = self._state(target)
+                except KubeError as error:
+                    # An API server that restarts is waited for like everything else.
+                    state = str(error)
                 if state is not None:
                     still.append(target)
                     reasons[_target_label(target)] = state
@@ -388,7 +396,11 @@ class ApplySet:
             elapsed = time.monotonic() - started
             if not waiting:
                 return elapsed
-            if elapsed > timeout:
+            if not any(_FAILED in reasons[_target_label(target)] for target in waiting):
+                failed_since = None
+            elif failed_since is None:
+                failed_since = elapsed
+            if elapsed > timeout or (failed_since is not None and elapsed - failed_since > _FAILED_PATIENCE_S):
                 open_ = [f"{name}: {reasons[name]}" for name in (_target_label(target) for target in waiting)]
                 raise ApplyError(
                     f"not ready after {elapsed:.0f} s: " + "; ".join(open_),
@@ -405,15 +417,12 @@ class ApplySet:
             resource = self.cluster.resource(target["api_version"], target["kind"], refresh=True)
         if resource is None:
             return None if absent else "its kind is not installed"
-        try:
-            if absent and target.get("selector"):
-                left = self.cluster.list(resource, target.get("namespace"), target["selector"])
-                return f"{len(left)} left: {', '.join(item['metadata']['name'] for item in left[:5])}" if left else None
-            key = label(target["kind"], target["name"], target.get("namespace"))
-            # What was read a moment ago and not changed since is as good as a new answer, once.
-            live = self._seen.pop(key, None) or self.cluster.get(resource, target.get("namespace"), target["name"])
-        except KubeError as error:
-            return str(error)
+        if absent and target.get("selector"):
+            left = self.cluster.list(resource, target.get("namespace"), target["selector"])
+            return f"{len(left)} left: {', '.join(item['metadata']['name'] for item in left[:5])}" if left else None
+        key = label(target["kind"], target["name"], target.get("namespace"))
+        # What was read a moment ago and not changed since is as good as a new answer, once.
+        live = self._seen.pop(key, None) or self.cluster.get(resource, target.get("namespace"), target["name"])
         if live is None:
             return None if absent else "it does not exist"
         if absent:

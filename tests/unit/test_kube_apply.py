@@ -306,6 +306,18 @@ def test_wait_fails_with_evidence(server: Server, cluster: Cluster) -> None:
         assert part in text
 
 
+def test_a_deployment_that_failed_is_not_waited_for_to_the_end(
+    server: Server, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ansible.module_utils.kube_apply._FAILED_PATIENCE_S", 0.1)
+    server.kinds["ray.io/v1"] = {"RayService": ("rayservices", True)}
+    broken = {"activeServiceStatus": {"applicationStatuses": {"a": {"status": "DEPLOY_FAILED", "message": "no GPU"}}}}
+    server.put("/apis/ray.io/v1/namespaces/llm/rayservices/r", {**service(**broken), "kind": "RayService"})
+    target = {"api_version": "ray.io/v1", "kind": "RayService", "namespace": "llm", "name": "r"}
+    with pytest.raises(ApplyError, match="application a is DEPLOY_FAILED: no GPU"):
+        work(cluster).wait([target], 60, poll=0.05)
+
+
 def test_secret_values_stay_out_of_the_diff() -> None:
     before = {"kind": "Secret", "metadata": {"name": "s"}, "data": {"token": "b2xk", "same": "eA=="}}
     after = {"kind": "Secret", "metadata": {"name": "s"}, "data": {"token": "bmV3", "same": "eA=="}}
