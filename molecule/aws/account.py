@@ -21,7 +21,8 @@ class Account:
         # boto3 itself reads AWS_DEFAULT_REGION only.
         region = os.environ["AWS_REGION"]
         self.cluster = cluster
-        self.ec2, self.eks, self.s3, self.iam = (boto3.client(name, region) for name in ("ec2", "eks", "s3", "iam"))
+        connect: Any = boto3.client
+        self.ec2, self.eks, self.s3, self.iam = (connect(name, region) for name in ("ec2", "eks", "s3", "iam"))
         self.buckets = [f"{cluster}-models", f"{cluster}-datasets"]
 
     def owned(self, operation: str, key: str, **more: Any) -> list[dict[str, Any]]:

@@ -17,12 +17,19 @@ from pathlib import Path
 import boto3
 import openai
 import pytest
+import yaml
 
-from .conftest import AWS, ENDPOINT, HOME, Runner
+from .conftest import AWS, ENDPOINT, HOME, ROOT, Runner
 
 MODEL = "smollm2-135m-instruct"
 NAMESPACE = "rayplane"
 Kubectl = Callable[..., str]
+LOCAL_RAY = yaml.safe_load(
+    (ROOT / "inventories/local/group_vars/all/ray.yml")
+    .read_text()
+    .replace("{{ local_platform_home }}", str(HOME))
+    .replace("{{ platform_region }}", AWS["AWS_REGION"])
+)
 
 
 def aws(service: str):  # type: ignore[no-untyped-def]
@@ -216,11 +223,53 @@ def test_molecule(deployed: Path, run: Runner, scenario: str) -> None:
     run("molecule", "test", "--scenario-name", scenario, env=environment).expect_success()
 
 
-def test_existing_cluster_is_served_by_the_same_playbook(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
-    """inventories/existing needs a kubeconfig and nothing else; here it is planned against the local cluster."""
-    plan = make("plan", inventory="inventories/existing", env={"KUBECONFIG": str(deployed)})
-    plan.expect_success()
-    assert plan.changed > 0
+def existing(models: list[dict[str, object]]) -> str:
+    """Arguments that give inventories/existing what this machine has: local addresses and small sizes."""
+    values = {
+        "kuberay_kustomize_source": str(HOME / "sources/kuberay/config/default"),
+        "kuberay_kubectl": str(HOME / "bin/kubectl"),
+        "verify_kubectl": str(HOME / "bin/kubectl"),
+        "platform_namespace": "rayplane-existing",
+        "platform_models_bucket": "ray-llm-cluster-local-models",
+        "namespaces_pod_security": "privileged",
+        "secrets_aws_access_key_id": "test",
+        "secrets_aws_secret_access_key": "test",
+        "rayservice_name": "existing",
+        "verify_service_name": "existing-serve-svc",
+        **{key: value for key, value in LOCAL_RAY.items() if key.startswith("rayservice_")},
+        "rayservice_service_type": "ClusterIP",
+        "rayservice_node_port": 0,
+        "rayservice_models": models,
+    }
+    return f"-e '{json.dumps(values)}'"
+
+
+def test_existing_cluster_is_served_and_a_removed_model_goes(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
+    """inventories/existing needs a kubeconfig; two models share a Ray cluster, and one of them leaves."""
+    environment = {**AWS, "KUBECONFIG": str(deployed)}
+    first, second = ({**LOCAL_RAY["rayservice_models"][0], "id": name} for name in ("first", "second"))
+    both = make("deploy", existing([first, second]), "inventories/existing", environment).expect_success()
+    assert both.output.count("The capital of France is Paris") >= 2
+
+    def replicas() -> dict[str, str]:
+        """The applications of the RayService and when each last changed."""
+        status = json.loads(kubectl("get", "rayservice", "existing", "-n", "rayplane-existing", "-o", "json"))["status"]
+        return {
+            name: str(application) for name, application in status["activeServiceStatus"]["applicationStatuses"].items()
+        }
+
+    assert set(replicas()) == {"first", "second"}
+    pods = kubectl("get", "pods", "-n", "rayplane-existing", "-o", "name")
+    one = make("deploy", existing([{**first, "route_prefix": "/first"}]), "inventories/existing", environment)
+    one.expect_success()
+    deadline = time.monotonic() + 120
+    while set(replicas()) != {"first"}:
+        assert time.monotonic() < deadline, "the removed model's application stayed"
+        time.sleep(2)
+    assert kubectl("get", "pods", "-n", "rayplane-existing", "-o", "name") == pods
+    arguments = existing([first]) + " -e destroy_confirm=existing -e kuberay_existing_operator=use"
+    make("destroy", arguments, "inventories/existing", environment).expect_success()
+    assert "Paris" in ask()
 
 
 def test_destroy_removes_what_deploy_made(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
