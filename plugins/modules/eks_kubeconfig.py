@@ -10,8 +10,14 @@ module: eks_kubeconfig
 short_description: Keep a kubeconfig file for an EKS cluster
 description:
   - Asks EKS for endpoint and CA and writes a kubeconfig whose user fetches short-lived tokens through C(command).
-  - The file is only written when its content or mode differs. It belongs to this module as a whole.
+  - The file is only written when its content or mode differs. It belongs to this module as a whole; a file that holds
+    other clusters too is neither overwritten nor removed.
 options:
+  state:
+    description: Whether the file exists.
+    type: str
+    choices: [present, absent]
+    default: present
   cluster_name:
     description: Name of the cluster.
     type: str
@@ -119,6 +125,13 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
     params = module.params
     name, path = params["cluster_name"], Path(params["path"])
+    require_own(path, params["context"] or name)
+    if params["state"] == "absent":
+        if path.exists():
+            changes.actions.append(f"delete kubeconfig {path}")
+            if not module.check_mode:
+                path.unlink()
+        return {"endpoint": ""}
     cluster = require_cluster(Api(module.client("eks"), changes), changes, name)
     if cluster is None:
         changes.create(f"kubeconfig {path}", {"cluster": name})
@@ -142,6 +155,22 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
         if not module.check_mode:
             _write(module, path, text)
     return {"endpoint": cluster["endpoint"]}
+
+
+def require_own(path: Path, context: str) -> None:
+    """Raise PlatformError if the file holds clusters other than the one that this module writes as ``context``."""
+    if not path.exists():
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        names = {str(entry["name"]) for entry in content.get("clusters") or []}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+        raise PlatformError(f"{path} exists and is no kubeconfig: set platform_kubeconfig to another file") from None
+    if others := sorted(names - {context}):
+        raise PlatformError(
+            f"kubeconfig {path} holds other clusters ({', '.join(others)}), and this file would be replaced as a whole:"
+            f" set platform_kubeconfig to a file of its own for {context}"
+        )
 
 
 def _command(module: Any) -> list[str]:
@@ -171,6 +200,7 @@ def main() -> None:
     """Run the module."""
     module = AnsibleAWSModule(
         argument_spec={
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "cluster_name": {"type": "str", "required": True},
             "path": {"type": "path", "required": True},
             "context": {"type": "str", "default": ""},

@@ -27,6 +27,7 @@ def write(path: Path, check: bool = False, **params: Any) -> Changes:
             "cluster_name": "c1",
             "path": str(path),
             "context": "",
+            "state": "present",
             "command": [],
             "fallback": "/token.py",
             "token_profile": "prod",
@@ -70,6 +71,26 @@ def test_a_changed_endpoint_or_mode_is_repaired(path: Path) -> None:
     path.chmod(0o644)
     assert write(path, cluster={"endpoint": "https://c2"}).actions == [f"update kubeconfig {path}: content, mode"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_with_other_clusters_is_neither_replaced_nor_removed(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("clusters: [{name: mine, cluster: {}}]")
+    for state in ("present", "absent"):
+        with pytest.raises(PlatformError, match=r"holds other clusters \(mine\)"):
+            write(path, state=state)
+    path.write_text("just text")
+    with pytest.raises(PlatformError, match="is no kubeconfig"):
+        write(path)
+
+
+def test_it_is_removed_once(path: Path) -> None:
+    write(path)
+    assert write(path, state="absent", check=True).actions == [f"delete kubeconfig {path}"]
+    assert path.exists()
+    write(path, state="absent")
+    assert not path.exists()
+    assert write(path, state="absent").actions == []
 
 
 def test_a_cluster_that_is_not_there(path: Path) -> None:

@@ -1,10 +1,9 @@
 """The EKS updates that MiniStack 1.5 lacks, added to it in its own process: ``install()`` before it serves.
 
 UpdateClusterConfig, UpdateClusterVersion, UpdateNodegroupConfig, UpdateNodegroupVersion, DescribeUpdate and
-DescribeAddonVersions answer like EKS: an update is in
-progress when it is asked for and successful when it is looked at; a version moves one minor at a time. Tags set later
-show in descriptions, and
-managed node groups keep their update limits.
+DescribeAddonVersions answer like EKS: an update is in progress when it is asked for and successful when it is looked
+at; a version moves one minor at a time. Tags set later show in descriptions, and managed node groups keep their update
+limits.
 """
 
 import json
@@ -76,7 +75,7 @@ def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> A
     """UpdateNodegroupConfig."""
     record = eks._nodegroups[f"{cluster}/{group}"]
     record["scalingConfig"] = {**record["scalingConfig"], **body.get("scalingConfig", {})}
-    record["updateConfig"] = {**record.get("updateConfig", {}), **body.get("updateConfig", {})}
+    record["updateConfig"] = {**record.get("updateConfig", {"maxUnavailable": 1}), **body.get("updateConfig", {})}
     labels = body.get("labels", {})
     record["labels"] = {**record.get("labels", {}), **labels.get("addOrUpdateLabels", {})}
     for key in labels.get("removeLabels", []):
@@ -143,12 +142,25 @@ def install() -> None:
                 if "group" in names and f"{names['cluster']}/{names['group']}" not in eks._nodegroups:
                     return refuse("ResourceNotFoundException", f"No node group found for name: {names['group']}.")
                 return operation(json.loads(body or b"{}"), **names)
+        arn = urllib.parse.unquote(path.removeprefix("/tags/"))
+        if path.startswith("/tags/") and "podidentityassociation" in arn and method == "POST":
+            return tag_association(arn, json.loads(body)["tags"])
         answer: Answer = inner(method, path, headers, body, query)
         if path.startswith("/tags/") and answer[0] == 200 and method != "GET":
-            show_tags(urllib.parse.unquote(path.removeprefix("/tags/")))
+            show_tags(arn)
         return answer
 
     eks._handle_request_sync = handle
+
+
+def tag_association(arn: str, tags: dict[str, str]) -> Answer:
+    """TagResource for a pod identity association."""
+    for record in eks._pod_identity_associations.values():
+        if record["associationArn"] == arn:
+            record["tags"] = {**record["tags"], **tags}
+            answer: Answer = eks._json_resp(200, {})
+            return answer
+    return refuse("ResourceNotFoundException", f"No resource found for ARN: {arn}")
 
 
 def show_tags(arn: str) -> None:
