@@ -4,14 +4,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 export RAYPLANE_HOME ?= $(HOME)/.cache/rayplane
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Colours and unbuffered lines also where the output is a pipe: long steps report as they go.
+export PATH := $(CURDIR)/.venv/bin:$(RAYPLANE_HOME)/uv/bootstrap/bin:$(PATH)
+# Unbuffered lines also where the output is a pipe: long steps report as they go.
 export PYTHONUNBUFFERED := 1
 
 INVENTORY ?= inventories/local
 ARGS ?=
 
-.PHONY: help bootstrap deploy plan verify destroy local-down test lint unit format clean
+.PHONY: help bootstrap deploy plan verify destroy local-down test lint unit format locks clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ unit: bootstrap ## Run the unit tests only
 
 format: bootstrap ## Format the Python code
 	@ruff check --fix . && ruff format .
+
+UV_COMPILE := uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header requirements.in -o requirements.txt
+locks: bootstrap ## Pin anew what uv.lock and tools/*/requirements.in allow
+	uv lock --upgrade
+	cd $(CURDIR)/tools/go && $(UV_COMPILE)
+	cd $(CURDIR)/tools/model && $(UV_COMPILE) --no-deps
+	cd $(CURDIR)/tools/services && $(UV_COMPILE) --python-platform x86_64-manylinux_2_28
+	cd $(CURDIR)/tools/serve && $(UV_COMPILE) --python-platform x86_64-manylinux_2_28 --override overrides.txt
 
 clean: ## Remove the caches too (after local-down)
 	@if [ -e "$(RAYPLANE_HOME)/state" ]; then echo "error: the local platform is still there; run make local-down first" >&2; exit 1; fi

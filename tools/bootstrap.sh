@@ -10,6 +10,7 @@ export UV_CACHE_DIR=$home/uv/cache UV_PROJECT_ENVIRONMENT=$root/.venv UV_PYTHON_
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+# Prints the first Python in the supported window.
 pick_python() {
   local candidate
   for candidate in python3.11 python3 python3.12 python3.13; do
@@ -27,7 +28,9 @@ install_uv() {
   say "installing uv $uv_version into $venv"
   mkdir -p "$home/uv"
   if ! "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "python3 -m venv does not work; on Debian: apt-get install python3-venv"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+      die "python3 -m venv does not work; on Debian: apt-get install python3-venv"
+    fi
     say "installing python3-venv"
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null
     "$python" -m venv --clear "$venv"

@@ -61,7 +61,7 @@ EXAMPLES = r"""
   openai_smoke:
     base_url: http://127.0.0.1:30080
     models:
-      - {id: smollm2-135m-instruct, route_prefix: /, prompt: What is the capital of France?, expect: Paris}
+      - {id: smollm2-135m-instruct, route_prefix: /, prompt: "What is the capital of France?", expect: Paris}
 """
 
 RETURN = r"""
