@@ -261,6 +261,28 @@ def test_a_long_command_notes_its_progress_and_can_be_stopped(tmp_path: Path) ->
     assert step.note == "3 two"  # the first line of a log is its command
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="process namespaces need root")
+def test_a_killed_run_leaves_nothing_of_a_long_command(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from rayplane_local import progress, shell\n"
+        "inner = 'setsid sh -c \"while :; do date > ' + sys.argv[2] + '/alive; sleep 0.05; done\" & wait'\n"
+        "shell.run_long(['sh', '-c', inner], progress.Step('build'), pathlib.Path(sys.argv[2]) / 'log')\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script, str(PROJECT / "tools"), str(tmp_path)])
+    alive = tmp_path / "alive"
+    end = time.monotonic() + 10
+    while not alive.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert alive.exists()
+    run.kill()
+    run.wait()
+    time.sleep(0.3)
+    alive.unlink(missing_ok=True)
+    time.sleep(0.3)
+    assert not alive.exists()
+
+
 # Checks
 
 

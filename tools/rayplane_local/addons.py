@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ LABELS = {
     "app.kubernetes.io/component": "local_platform",
 }
 FIELD_MANAGER = "rayplane"
+Name = tuple[str, str, str]
+KUBE_PROXY: Name = ("kube-system", "daemonset", "kube-proxy")
 # What has to be there, and whether it has to run before the platform counts as up: nothing waits for metrics, which
 # need 20 s to come.
-WORKLOADS = {
+WORKLOADS: dict[Name, bool] = {
     ("kube-system", "deployment", "coredns"): True,
-    ("kube-system", "daemonset", "kube-proxy"): True,
+    KUBE_PROXY: True,
     ("kube-system", "deployment", "metrics-server"): False,
     ("local-path-storage", "deployment", "local-path-provisioner"): True,
 }
@@ -112,7 +115,7 @@ def key(settings: Settings) -> str:
     )
 
 
-def not_available(settings: Settings) -> str:
+def not_available(settings: Settings, names: Collection[Name] = tuple(WORKLOADS)) -> str:
     """Which of the cluster's own workloads are not there or do not run whole; empty when all do."""
     done = kubectl(
         settings, "--request-timeout=5s", "get", "deployments,daemonsets", "--all-namespaces", "-o", "json", check=False
@@ -127,7 +130,7 @@ def not_available(settings: Settings) -> str:
         current = status.get("observedGeneration", 0) >= item["metadata"]["generation"]
         name = (item["metadata"]["namespace"], item["kind"].lower(), item["metadata"]["name"])
         found[name] = (current and have >= wanted) or not WORKLOADS.get(name, True)
-    return ", ".join("/".join(name) for name in WORKLOADS if not found.get(name))
+    return ", ".join("/".join(name) for name in names if not found.get(name))
 
 
 def pending(settings: Settings) -> list[str]:
@@ -139,6 +142,8 @@ def pending(settings: Settings) -> list[str]:
 
 def apply(settings: Settings, step: Step) -> None:
     """Apply the add-ons (server-side, so that what upstream drops goes too) and wait until everything runs."""
+    # Pods that start before Services work fail, and wait 10 s before they try again.
+    wait_for("kube-proxy", lambda: not_available(settings, [KUBE_PROXY]), step, seconds=120)
     step.note = "applying"
     kubectl(
         settings,

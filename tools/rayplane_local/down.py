@@ -150,10 +150,7 @@ def take_down(settings: Settings, report: Report) -> list[str]:
         done.append("supervised processes")
     # A container that containerd was starting meanwhile.
     stop_containers(settings)
-    mounted = sum(
-        mounts.unmount_below(folder)
-        for folder in (settings.state, KUBELET_FOLDER if owned_folders(settings) else settings.state)
-    )
+    mounted = sum(mounts.unmount_below(folder) for folder in (settings.state, *owned_folders(settings)))
     for namespace in namespaces:
         mounted += mounts.unmount_below(namespace)
         namespace.unlink(missing_ok=True)

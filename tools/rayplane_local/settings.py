@@ -61,7 +61,7 @@ class Settings:
     node_ports: tuple[int, ...] = (30080,)
     ray_image: str = "localhost/rayplane/ray:2.60.0-cpu"
     memory_gib: float = 12.0
-    disk_gib: float = 30.0
+    disk_gib: float = 32.0
     disk_warm_gib: float = 6.0
     keep_build_cache: bool = False
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from .errors import CancelledError, CommandError
 from .progress import Step, duration
 
-# A child that outlives a killed run would go on writing under the next one's feet.
+# What outlives a killed run would go on writing under the next one's feet. The first child dies with this process; as
+# root it also holds a process namespace, which the kernel empties with it, and its mounts are nobody else's.
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+WITH_ALL_BELOW = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
 
 def run(
@@ -63,17 +65,18 @@ def run_long(
 ) -> None:
     """Run a long command with its output in a log file.
 
-    note is called with every line of output and its number; what it returns becomes the step's note. The command dies
-    with this process, and is ended when the step is cancelled. Raises CommandError with the last lines of the log where
-    it fails.
+    note is called with every line of output and its number; what it returns becomes the step's note. The command, with
+    all that it started, dies with this process, and is ended when the step is cancelled. Raises CommandError with the
+    last lines of the log where it fails.
     """
-    words = [*DIE_WITH_PARENT, *(str(word) for word in command)]
+    words = [str(word) for word in command]
+    guards = [*DIE_WITH_PARENT, *(WITH_ALL_BELOW if os.geteuid() == 0 else ())]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream, log.open() as reader:
-        stream.write(f"$ {' '.join(words[len(DIE_WITH_PARENT) :])}\n")
+        stream.write(f"$ {' '.join(words)}\n")
         stream.flush()
         child = subprocess.Popen(
-            words,
+            [*guards, *words],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -89,12 +92,8 @@ def run_long(
             if ended:
                 break
             if step.cancel.wait(0.2):
-                child.terminate()
-                try:
-                    child.wait(10)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
+                child.kill()
+                child.wait()
                 raise CancelledError(f"{step.name} was stopped")
     if child.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
