@@ -23,12 +23,15 @@ from ansible.module_utils.rayplane_preflight_values import (
     bucket_name_problem,
     entries_of,
     strings,
+    taken_name,
     whole,
 )
 
 __all__ = ["PLATFORMS", "buckets", "gpus_of_instance", "network", "node_groups", "platform", "platform_names"]
 
 PLATFORMS = ("aws", "gcp", "azure", "existing")
+#: Those whose cloud no role builds yet: everything above Kubernetes works there on a cluster that is given.
+NOT_BUILT = ("gcp", "azure")
 #: What people call the platforms, too.
 _PLATFORM_ALIASES = {
     "amazon": "aws",
@@ -80,6 +83,13 @@ def platform(values: Values) -> Iterator[Problem]:
         guess = _PLATFORM_ALIASES.get(word) or nearest(word, PLATFORMS)
         hint = f"did you mean {guess}? Else " if guess else ""
         yield Problem("platform", found, "unknown platform", f"{hint}{wanted}")
+    elif found in NOT_BUILT:
+        yield Problem(
+            "platform",
+            found,
+            "no role builds this cloud's network and cluster yet",
+            "create the cluster with the cloud's own tools and set platform to existing: Ray and the models deploy to it",
+        )
 
 
 def platform_names(values: Values) -> Iterator[Problem]:
@@ -237,15 +247,7 @@ def node_groups(values: Values) -> Iterator[Problem]:
                 f"write {min(max(desired, low or 0), high or desired)}",
             )
         name = group.get("name")
-        if isinstance(name, str):
-            if name in seen:
-                yield Problem(
-                    f"{path}.name",
-                    name,
-                    f"the name is taken by {seen[name]}",
-                    "give each group its own name",
-                )
-            seen.setdefault(name, path)
+        yield from taken_name(path, name, seen)
         types: Any = group.get("instance_types")
         for kind in types if strings(types) else ():
             gpus = gpus_of_instance(kind)

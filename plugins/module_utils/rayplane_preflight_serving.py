@@ -21,6 +21,7 @@ from ansible.module_utils.rayplane_preflight_values import (
     bucket_name_problem,
     entries_of,
     quantity_problem,
+    taken_name,
     whole,
 )
 
@@ -401,15 +402,7 @@ def worker_groups(values: Values) -> Iterator[Problem]:
         yield from bounds(path, group.get("min"), group.get("max"))
         yield from _sizes(path, group)
         name = group.get("name")
-        if isinstance(name, str):
-            if name in seen:
-                yield Problem(
-                    f"{path}.name",
-                    name,
-                    f"the name is taken by {seen[name]}",
-                    "give each group its own name",
-                )
-            seen.setdefault(name, path)
+        yield from taken_name(path, name, seen)
         offered.add(str(group.get("accelerator") or ""))
         extra = group.get("ray_resources")
         offered.update(

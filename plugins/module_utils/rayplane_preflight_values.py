@@ -21,6 +21,7 @@ __all__ = [
     "entries_of",
     "quantity_problem",
     "strings",
+    "taken_name",
     "whole",
 ]
 
@@ -52,6 +53,15 @@ def as_label(name: str, letter: bool = False) -> str:
     if letter and label[:1].isdigit():
         label = f"r{label}"
     return f"write {label}" if label else "choose another name"
+
+
+def taken_name(path: str, name: Any, seen: dict[str, str]) -> Iterator[Problem]:
+    """The problem of a group's name that another group has; ``seen`` remembers the path of each name."""
+    if not isinstance(name, str):
+        return
+    if name in seen:
+        yield Problem(f"{path}.name", name, f"the name is taken by {seen[name]}", "give each group its own name")
+    seen.setdefault(name, path)
 
 
 def entries_of(values: Values, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

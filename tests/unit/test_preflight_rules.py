@@ -79,6 +79,7 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
     [
         ({"platform": "amazon"}, "platform", "unknown platform", "did you mean aws?"),
         ({"platform": "azrue"}, "platform", "unknown platform", "did you mean azure?"),
+        ({"platform": "gcp"}, "platform", "no role builds this cloud", "set platform to existing"),
         ({"platform": ""}, "platform", "every cluster states", "aws, gcp, azure, existing"),
         ({"platform_namespace": "Ray_Plane"}, "platform_namespace", "DNS label", "write ray-plane"),
         ({"platform_cluster_name": "ray llm!"}, "platform_cluster_name", "EKS takes", "write ray-llm"),

@@ -25,6 +25,16 @@ KUBERAY_VERSION = "1.6.0"
 METRICS_SERVER_VERSION = "0.9.0"
 LOCAL_PATH_VERSION = "0.0.30"
 
+KUBERNETES_PROGRAMS = (
+    "kubeadm",
+    "kubelet",
+    "kubectl",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kube-proxy",
+)
+
 # Raised by hand when the recipe itself changes: it is part of every key.
 RECIPE = 1
 
@@ -75,35 +85,13 @@ class Part:
 PARTS: tuple[Part, ...] = (
     Part(
         name="kubernetes",
-        programs={
-            name: f"k8s.io/kubernetes/cmd/{name}"
-            for name in (
-                "kubeadm",
-                "kubelet",
-                "kubectl",
-                "kube-apiserver",
-                "kube-controller-manager",
-                "kube-scheduler",
-                "kube-proxy",
-            )
-        },
+        programs={name: f"k8s.io/kubernetes/cmd/{name}" for name in KUBERNETES_PROGRAMS},
         flags=_VERSION_FLAGS,
         release=Release(
             base="kubernetes",
             file=f"v{KUBERNETES_VERSION}/kubernetes-server-linux-amd64.tar.gz",
             checksum="sha512:65c75e81e3ea488f6d42b493cad64d7577ddfa1e5372037a1c841ac069039997d359b5b2f2d44e7665bf04c48ed0065cf9d4c9801b1e63bb6a1b099ef00d4863",
-            members={
-                name: f"kubernetes/server/bin/{name}"
-                for name in (
-                    "kubeadm",
-                    "kubelet",
-                    "kubectl",
-                    "kube-apiserver",
-                    "kube-controller-manager",
-                    "kube-scheduler",
-                    "kube-proxy",
-                )
-            },
+            members={name: f"kubernetes/server/bin/{name}" for name in KUBERNETES_PROGRAMS},
         ),
     ),
     Part(
