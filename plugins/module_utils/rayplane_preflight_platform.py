@@ -88,7 +88,7 @@ def platform(values: Values) -> Iterator[Problem]:
             "platform",
             found,
             "no role builds this cloud's network and cluster yet",
-            "create the cluster with the cloud's own tools and set platform to existing: Ray and the models deploy to it",
+            "create the cluster with the cloud's own tools and set platform to existing: all above deploys to it",
         )
 
 

@@ -148,6 +148,10 @@ def ask(client: Any, model: Json) -> Json:
     expected = model.get("expect")
     if expected and expected.lower() not in text.lower():
         raise AnswerError(f"chat: {expected!r} is expected in the answer, which is {text!r}")
+    # Sampling is another path of the engine than temperature 0, and most clients take it.
+    sampled = client.chat.completions.create(model=name, messages=messages, max_tokens=limit)
+    check_usage(sampled.usage, "sampled chat")
+    check_finish(sampled.choices[0].finish_reason, "sampled chat")
     done = client.completions.create(model=name, prompt=OPENING, max_tokens=limit, temperature=0)
     check_usage(done.usage, "completion")
     check_finish(done.choices[0].finish_reason, "completion")

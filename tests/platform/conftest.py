@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
     """Run a command in the project's folder; what it prints is shown as it comes: a long step is seen to move."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
-    def _run(*command: str, env: dict[str, str] | None = None, timeout: float = 2400) -> Run:
+    def _run(*command: str, env: dict[str, str] | None = None, timeout: float = 2400, interrupt_at: str = "") -> Run:
+        """`interrupt_at`: press Ctrl-C when a line of the output contains this text."""
         start = time.monotonic()
         lines: list[str] = []
         with capture.global_and_fixture_disabled():
@@ -91,14 +93,19 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line)
                 sys.stdout.write(f"  | {line}")
                 sys.stdout.flush()
+                if interrupt_at and interrupt_at in line:
+                    time.sleep(0.5)  # inside the step that the line announces
+                    os.killpg(process.pid, signal.SIGINT)
+                    interrupt_at = ""
                 if time.monotonic() - start > timeout:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
             returncode = process.wait()
         return Run(returncode, "".join(lines), time.monotonic() - start)
 
@@ -109,10 +116,16 @@ def run(request: pytest.FixtureRequest) -> Runner:
 def make(run: Runner) -> Runner:
     """Run one of the README's commands, with arguments for ansible-playbook and another inventory where given."""
 
-    def _make(target: str, arguments: str = "", inventory: str = "", env: dict[str, str] | None = None) -> Run:
+    def _make(
+        target: str,
+        arguments: str = "",
+        inventory: str = "",
+        env: dict[str, str] | None = None,
+        interrupt_at: str = "",
+    ) -> Run:
         settings = [f"ARGS={arguments}"] if arguments else []
         settings += [f"INVENTORY={inventory}"] if inventory else []
-        return run("make", "--no-print-directory", target, *settings, env=env)
+        return run("make", "--no-print-directory", target, *settings, env=env, interrupt_at=interrupt_at)
 
     return _make
 

@@ -79,9 +79,28 @@ def test_plan_of_an_empty_platform_predicts_and_changes_nothing(platform: Path, 
     assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
 
 
+def test_deploy_goes_on_after_interruptions(platform: Path, make: Runner) -> None:
+    """Ctrl-C in five stages, one run after the other; the run after them (the next test) completes the deployment."""
+    for step in (
+        "network : Reconcile VPC",
+        "eks : Reconcile the control plane",
+        "kuberay : Apply the operator",
+        "models : Bring the models to the bucket",
+        "rayservice : Apply the RayService",
+    ):
+        run = make("deploy", interrupt_at=f"TASK [{step}")
+        assert f"TASK [{step}" in run.output
+        assert run.returncode != 0
+
+
 def test_deploy_ends_with_a_real_answer(platform: Path, make: Runner) -> None:
     deploy = make("deploy").expect_success()
     assert deploy.changed > 0
+    assert len(our_vpcs()) == 1
+    nat_filters = [{"Name": "vpc-id", "Values": [str(our_vpcs()[0]["VpcId"])]}]
+    gateways = aws("ec2").describe_nat_gateways(Filters=nat_filters)["NatGateways"]
+    assert [gateway["State"] for gateway in gateways] == ["available"]
+    assert len(aws("ec2").describe_addresses()["Addresses"]) == 1
     assert ENDPOINT in deploy.output
     assert "Paris" in ask()
 
@@ -106,6 +125,15 @@ def test_any_openai_client_works(deployed: Path) -> None:
     assert chat.choices[0].finish_reason in {"stop", "length"}
     assert chat.usage is not None
     assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
+    sampled = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Say hello."}],
+        temperature=0.8,
+        top_p=0.9,
+        logprobs=True,
+        max_tokens=16,
+    )
+    assert sampled.choices[0].logprobs is not None
     completion = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=8)
     assert "5" in completion.choices[0].text
     pieces = [
@@ -133,7 +161,9 @@ def test_curl_reads_the_same_answer(deployed: Path) -> None:
         f"{ENDPOINT}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as response:
-        assert "Paris" in json.load(response)["choices"][0]["message"]["content"]
+        choice = json.load(response)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"]
 
 
 def test_unknown_model_gets_an_openai_error(deployed: Path) -> None:
