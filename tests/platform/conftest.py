@@ -96,16 +96,17 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 start_new_session=True,
             )
             assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line)
-                sys.stdout.write(f"  | {line}")
-                sys.stdout.flush()
-                if interrupt_at and interrupt_at in line:
-                    time.sleep(0.5)  # inside the step that the line announces
-                    os.killpg(process.pid, signal.SIGINT)
-                    interrupt_at = ""
-                if time.monotonic() - start > timeout:
-                    os.killpg(process.pid, signal.SIGKILL)
+            with process.stdout as output:
+                for line in output:
+                    lines.append(line)
+                    sys.stdout.write(f"  | {line}")
+                    sys.stdout.flush()
+                    if interrupt_at and interrupt_at in line:
+                        time.sleep(0.5)  # inside the step that the line announces
+                        os.killpg(process.pid, signal.SIGINT)
+                        interrupt_at = ""
+                    if time.monotonic() - start > timeout:
+                        os.killpg(process.pid, signal.SIGKILL)
             returncode = process.wait()
         return Run(returncode, "".join(lines), time.monotonic() - start)
 

@@ -78,7 +78,7 @@ class Part:
             self.flags,
             self.source_module,
             self.sources,
-            files=[self.module / "go.mod", self.module / "go.sum"],
+            files=[self.module / "go.mod", self.module / "go.sum", *sorted(self.module.glob("*.go"))],
         )
 
 
@@ -104,7 +104,7 @@ PARTS: tuple[Part, ...] = (
             members={"etcd": f"etcd-v{ETCD_VERSION}-linux-amd64/etcd"},
         ),
     ),
-    Part(name="coredns", programs={"coredns": "github.com/coredns/coredns"}),
+    Part(name="coredns", programs={"coredns": "rayplane/tools/coredns"}),
     Part(
         name="kuberay",
         programs={"kuberay-operator": "github.com/ray-project/kuberay/ray-operator"},
