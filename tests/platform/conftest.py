@@ -86,7 +86,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
         with capture.global_and_fixture_disabled():
             sys.stdout.write(f"\n$ {' '.join(command)}\n")
             process = subprocess.Popen(
-                command,
+                # A shell's background jobs ignore Ctrl-C, and what they start would inherit that.
+                ["env", "--default-signal=INT", *command],
                 cwd=ROOT,
                 env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", **(env or {})},
                 stdin=subprocess.DEVNULL,
