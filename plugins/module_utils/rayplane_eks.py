@@ -1,18 +1,61 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the EKS modules share: finding the cluster, waiting for updates, reading health."""
+"""What the EKS modules share: reading a whole set, fitting images to instances, waiting for updates, reading health."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, sync_tags, wait_until
+from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, sync_tags, wait_until
 
-__all__ = ["ABSENT", "find_cluster", "health", "minor", "require_cluster", "resolve_role", "retag", "wait_for_update"]
+__all__ = [
+    "ABSENT",
+    "AMI_TYPES",
+    "EksSet",
+    "accelerator",
+    "concurrently",
+    "find_cluster",
+    "health",
+    "image_problem",
+    "minor",
+    "node_group_problem",
+    "node_labels",
+    "require_cluster",
+    "resolve_role",
+    "retag",
+    "wait_for_update",
+]
 
 #: Error codes that mean "there is no such thing".
 ABSENT = ("ResourceNotFoundException",)
+
+#: Images of managed node groups, as EKS's API names them. Those of Amazon Linux 2 get no releases since November 2025
+#: and none for Kubernetes 1.33 and later; Windows runs no Ray.
+AMI_TYPES = [
+    "AL2023_x86_64_STANDARD",
+    "AL2023_ARM_64_STANDARD",
+    "AL2023_x86_64_NVIDIA",
+    "AL2023_ARM_64_NVIDIA",
+    "AL2023_x86_64_NEURON",
+    "BOTTLEROCKET_x86_64",
+    "BOTTLEROCKET_ARM_64",
+    "BOTTLEROCKET_x86_64_NVIDIA",
+    "BOTTLEROCKET_ARM_64_NVIDIA",
+    "BOTTLEROCKET_x86_64_FIPS",
+    "BOTTLEROCKET_ARM_64_FIPS",
+    "BOTTLEROCKET_x86_64_NVIDIA_FIPS",
+    "BOTTLEROCKET_ARM_64_NVIDIA_FIPS",
+    "CUSTOM",
+]
+
+# Calls under way at a time: enough to hide latency, few enough for the rate limits of EKS and IAM.
+READERS = 8
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 def minor(version: str) -> int:
@@ -30,15 +73,75 @@ def find_cluster(api: Api, name: str) -> dict[str, Any] | None:
     return found
 
 
+def _missing(name: str) -> PlatformError:
+    return PlatformError(
+        f"cluster {name} does not exist: run the eks role from its first task, or check platform_cluster_name"
+        " and platform_region"
+    )
+
+
 def require_cluster(api: Api, changes: Changes, name: str) -> dict[str, Any] | None:
     """Return the description of the cluster; None only in check mode, where an earlier task would have made it."""
     cluster = find_cluster(api, name)
     if cluster is None and not changes.check_mode:
-        raise PlatformError(
-            f"cluster {name} does not exist: run the eks role from its first task, or check platform_cluster_name"
-            " and platform_region"
-        )
+        raise _missing(name)
     return cluster
+
+
+def concurrently(read: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+    """Return ``read`` of each item, in order, a few at a time. Clients of the SDK may be shared by threads."""
+    listed = list(items)
+    if len(listed) < 2:
+        return [read(item) for item in listed]
+    with ThreadPoolExecutor(min(READERS, len(listed))) as pool:
+        return list(pool.map(read, listed))
+
+
+class EksSet:
+    """What reconcilers of one kind of thing in one cluster share."""
+
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+        self.params = params
+        self.api = api
+        self.changes = changes
+        self.cluster_name: str = params["cluster_name"]
+        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
+
+    def list_all(self, operation: str, key: str) -> list[Any]:
+        """Return what a listing operation of the cluster answers, all pages of it.
+
+        A cluster that does not exist has nothing in check mode, where an earlier task would have made it; otherwise it
+        is a ``PlatformError``. So no call is needed only to ask whether the cluster is there.
+        """
+        try:
+            found: list[Any] = self.api.pages(
+                operation, key, f"cluster {self.cluster_name}", clusterName=self.cluster_name
+            )
+            return found
+        except PlatformError as error:
+            answer = getattr(error.__cause__, "response", {})
+            if answer.get("Error", {}).get("Code") not in ABSENT:
+                raise
+            if self.changes.check_mode:
+                return []
+            raise _missing(self.cluster_name) from error
+
+    def describe(self, operation: str, key: str, resource: str, **identity: str) -> dict[str, Any] | None:
+        """Return one thing of the cluster, or None where there is none."""
+        answer = self.api.read(operation, resource, absent=ABSENT, clusterName=self.cluster_name, **identity)
+        found: dict[str, Any] | None = answer[key] if answer else None
+        return found
+
+    def owned(self, thing: Mapping[str, Any]) -> bool:
+        """Return whether the thing was made for this cluster by these modules."""
+        return bool((thing.get("tags") or {}).get(OWNER_TAG) == self.cluster_name)
+
+    def unwanted(self, have: Mapping[Any, dict[str, Any]], listed: Iterable[Any]) -> dict[Any, dict[str, Any]]:
+        """Return what is there, was made here and is listed no longer; nothing where purging is off."""
+        if not self.params["purge"]:
+            return {}
+        kept = set(listed)
+        return {name: thing for name, thing in have.items() if name not in kept and self.owned(thing)}
 
 
 def resolve_role(role: str, known: Mapping[str, str]) -> str:
@@ -90,3 +193,122 @@ def wait_for_update(api: Api, resource: str, update: Any, timeout: float, **iden
         return answer["status"] == "Successful", f"update {update_id} is {answer['status']}"
 
     wait_until(f"update of {resource}", probe, timeout, delay=10)
+
+
+def _architecture(instance_type: str) -> str:
+    # AWS's naming: letters of the series, number of the generation, then attributes, of which g is Graviton.
+    match = re.match(r"([a-z]+)(\d+)([a-z]*)", instance_type)
+    if match is None:
+        return ""
+    series, number, attributes = match.groups()
+    arm = "g" in attributes or (series, number) == ("a", "1") or (series + number + attributes) == "p6e"
+    return "ARM_64" if arm else "x86_64"
+
+
+def accelerator(instance_type: str) -> str:
+    """Return ``nvidia``, ``neuron`` or an empty text for an instance type, by AWS's naming.
+
+    Source: "Amazon EC2 instance type naming conventions"; series g, gr and p carry NVIDIA GPUs (g4ad carries AMD's),
+    inf and trn carry AWS's Neuron cores.
+    """
+    series = re.match(r"[a-z]*", instance_type)
+    name = series.group() if series else ""
+    if name in ("g", "gr", "p") and not instance_type.startswith("g4ad"):
+        return "nvidia"
+    return "neuron" if name in ("inf", "trn") else ""
+
+
+def _image_accelerator(ami_type: str) -> str:
+    return "nvidia" if "_NVIDIA" in ami_type else "neuron" if "_NEURON" in ami_type else ""
+
+
+def image_problem(ami_type: str, instance_types: Sequence[str]) -> str:
+    """Return why an image cannot run on instance types, with the cure, or an empty text.
+
+    Looks at architecture and accelerator. An image of one's own (``CUSTOM``) is not judged.
+    """
+    if ami_type == "CUSTOM":
+        return ""
+    if ami_type.startswith(("AL2_", "WINDOWS")):
+        reason = "gets no releases any more" if ami_type.startswith("AL2_") else "runs no Ray"
+        return f"image {ami_type} {reason}: take one of {', '.join(AMI_TYPES)}"
+    if ami_type not in AMI_TYPES:
+        return f"image {ami_type} is not one of {', '.join(AMI_TYPES)}"
+    architecture = "ARM_64" if "ARM_64" in ami_type else "x86_64"
+    has = _image_accelerator(ami_type)
+    for one in instance_types:
+        needs_architecture, needs = _architecture(one), accelerator(one)
+        if not needs_architecture:
+            return f"{one!r} is not the name of an instance type. Cure: write one such as g5.xlarge"
+        if (architecture, has) == (needs_architecture, needs):
+            continue
+        wrong = []
+        if architecture != needs_architecture:
+            wrong.append(f"{one} is {needs_architecture}")
+        if has != needs:
+            wrong.append(f"{one} has {needs or 'no accelerator'}, the image drives {has or 'none'}")
+        family = "BOTTLEROCKET" if ami_type.startswith("BOTTLEROCKET") and needs != "neuron" else "AL2023"
+        suffix = {"nvidia": "_NVIDIA", "neuron": "_NEURON"}.get(needs, "_STANDARD" if family == "AL2023" else "")
+        fitting = f"{family}_{needs_architecture}{suffix}"
+        cure = f"set ami_type {fitting}" if fitting in AMI_TYPES else "take other instance types"
+        return f"image {ami_type} does not fit: {' and '.join(wrong)}. Cure: {cure}, or other instance types"
+    return ""
+
+
+def node_group_problem(group: Mapping[str, Any]) -> str:
+    """Return what is wrong with a node group in itself, with the cure, or an empty text.
+
+    ``group`` has the options of the module eks_node_groups, absent ones at their defaults. Nothing is asked of AWS, so
+    that a preflight can use it.
+    """
+    low, high = int(group.get("min_size") or 0), int(group.get("max_size") or 0)
+    given = group.get("desired_size")
+    desired = low if given is None else int(given)
+    if not 0 <= low <= desired <= high or high < 1:
+        return f"min {low}, desired {desired}, max {high} do not fit: 0 <= min <= desired <= max and max >= 1"
+    types, image = group.get("instance_types", ["m5.2xlarge"]), group.get("ami_type", "AL2023_x86_64_STANDARD")
+    template = group.get("launch_template") or {}
+    if not types:
+        return "instance_types is empty: name at least one"
+    if image == "CUSTOM" and not template:
+        return "ami_type CUSTOM takes its image from launch_template: give one with id or name, and version"
+    if template and not ({"id", "name"} & set(template)):
+        return f"launch_template {dict(template)} has neither id nor name"
+    percentage = group.get("max_unavailable_percentage")
+    if percentage is not None and not 1 <= int(percentage) <= 100:
+        return f"max_unavailable_percentage {percentage} is not between 1 and 100"
+    return image_problem(image, types) or _capacity_problem(group)
+
+
+def _capacity_problem(group: Mapping[str, Any]) -> str:
+    kind, template = group.get("capacity_type", "ON_DEMAND"), group.get("launch_template")
+    reservation = group.get("capacity_reservation_id") or ""
+    preference = group.get("capacity_reservation_preference")
+    placement, strategy = group.get("placement_group"), group.get("placement_strategy")
+    if template and (reservation or preference or placement or strategy):
+        return "reservations and placement stand in the launch_template where one is given: set them there"
+    if kind == "CAPACITY_BLOCK" and not template:
+        if not reservation.startswith("cr-"):
+            return "capacity_type CAPACITY_BLOCK needs capacity_reservation_id, the block's id (cr-...)"
+        if len(group.get("instance_types", ())) != 1:
+            return "a capacity block holds instances of one type: name that one in instance_types"
+    if kind == "SPOT" and (reservation or preference):
+        return "spot nodes do not run in reservations: set capacity_type ON_DEMAND, or drop the reservation"
+    if reservation and preference:
+        return "capacity_reservation_id and capacity_reservation_preference exclude each other: keep one"
+    if strategy and placement:
+        return "placement_group names one of yours, placement_strategy makes one: keep one of them"
+    subnets = group.get("subnet_ids") or ()
+    if strategy == "cluster" and len(subnets) > 1:
+        return f"placement_strategy cluster stays in one zone, subnet_ids has {len(subnets)}: keep one of them"
+    return ""
+
+
+def node_labels(ami_type: str) -> dict[str, str]:
+    """Return the labels that nodes of an image bear, which device plugins are placed by."""
+    has = _image_accelerator(ami_type)
+    labels = {"rayplane.io/accelerator": has} if has else {}
+    # Bottlerocket's NVIDIA images run the device plugin on the node themselves.
+    if has and ami_type.startswith("BOTTLEROCKET"):
+        labels["rayplane.io/device-plugin"] = "image"
+    return labels

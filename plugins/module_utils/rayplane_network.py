@@ -1,6 +1,6 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Address plan of a cluster's network. Pure arithmetic: no AWS call, no Ansible import."""
+"""Addresses of a cluster's network and of its peers. Pure arithmetic: no AWS call, no Ansible import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import TypedDict
 
-__all__ = ["MAX_ZONES", "MIN_ZONES", "PlannedSubnet", "plan_subnets"]
+__all__ = ["MAX_ZONES", "MIN_ZONES", "PlannedSubnet", "check_peers", "inside", "overlaps", "plan_subnets"]
 
 #: EKS wants subnets in at least two zones; the plan below has room for six.
 MIN_ZONES = 2
@@ -18,13 +18,13 @@ MAX_ZONES = 6
 _WIDEST_PREFIX = 16
 _NARROWEST_PREFIX = 28
 
-# The VPC is cut into eighths: eighth i is the private subnet of zone i, because pods take their addresses there.
-# The last eighth is cut
-# into eighths again for the public subnets, which hold only load balancers and NAT gateways. The seventh stays
-# free. A zone's place
-# depends on its position alone, so a zone added at the end moves no subnet that exists.
+# The VPC is cut into eighths: eighth i is the private subnet of zone i, because pods take their addresses there. The
+# last eighth is cut into eighths again for the public subnets, which hold only load balancers and NAT gateways, and the
+# seventh likewise for the intra subnets, which hold only the control plane's interfaces. A zone's place depends on its
+# position alone, so a zone added at the end moves no subnet that exists, and neither does a kind added later.
 # Each pair: bits added to the VPC's prefix, number of the first block of that size.
 _PRIVATE = (3, 0)
+_INTRA = (6, 6 << 3)
 _PUBLIC = (6, 7 << 3)
 
 
@@ -42,12 +42,14 @@ def plan_subnets(
     public: bool = True,
     private_cidrs: Sequence[str] = (),
     public_cidrs: Sequence[str] = (),
+    *,
+    intra: bool = False,
+    intra_cidrs: Sequence[str] = (),
 ) -> list[PlannedSubnet]:
-    """Return the subnets of a VPC: one private one a zone and, if ``public``, one public one a zone.
+    """Return the subnets of a VPC: one private one a zone and, if asked for, one public and one intra one a zone.
 
     Given CIDRs are taken as they are, in the order of ``zones``; absent ones are computed from ``vpc_cidr``. ``role``
-    in the result is
-    ``private`` or ``public``; private subnets come first, each kind in the order of ``zones``.
+    in the result is ``private``, ``public`` or ``intra``, in this order, each kind in the order of ``zones``.
 
     Raises ``ValueError`` with the reason and the cure: malformed or unsuitable CIDRs, host bits set, too few or too
     many zones, doubled
@@ -61,8 +63,48 @@ def plan_subnets(
     plan = _place("private", vpc, zones, private_cidrs, _PRIVATE)
     if public:
         plan += _place("public", vpc, zones, public_cidrs, _PUBLIC)
+    if intra:
+        plan += _place("intra", vpc, zones, intra_cidrs, _INTRA)
     _check_apart(plan)
     return plan
+
+
+def overlaps(one: str, other: str) -> bool:
+    """Return whether two CIDR blocks share an address."""
+    return ipaddress.IPv4Network(one).overlaps(ipaddress.IPv4Network(other))
+
+
+def inside(block: str, wider: Sequence[str]) -> bool:
+    """Return whether ``block`` lies inside one of the blocks ``wider``."""
+    network = ipaddress.IPv4Network(block)
+    return any(network.subnet_of(ipaddress.IPv4Network(one)) for one in wider)
+
+
+def check_peers(vpc_cidrs: Sequence[str], peers: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Refuse peers whose addresses could not be routed to; ``peers`` are pairs of a name and its CIDR blocks.
+
+    Raises ``ValueError``: a malformed block, one that overlaps the VPC's own (AWS refuses such a peering: VPC peering
+    guide, "Overlapping CIDR blocks"), one that two peers share (a route has one target).
+    """
+    seen: list[tuple[str, str]] = []
+    for name, cidrs in peers:
+        for cidr in cidrs:
+            try:
+                ipaddress.IPv4Network(cidr)
+            except ValueError as error:
+                raise ValueError(f"peer {name}: {cidr!r} is no CIDR block: {error}") from None
+            for own in vpc_cidrs:
+                if overlaps(cidr, own):
+                    raise ValueError(
+                        f"peer {name}: its addresses {cidr} overlap the VPC's {own}; VPCs that share addresses cannot"
+                        " be peered"
+                    )
+            for other, taken in seen:
+                if overlaps(cidr, taken):
+                    raise ValueError(
+                        f"peer {name}: its addresses {cidr} overlap {taken} of peer {other}; give each peer its own"
+                    )
+            seen.append((name, cidr))
 
 
 def _network(cidr: str, what: str) -> ipaddress.IPv4Network:

@@ -32,6 +32,15 @@ options:
         description: Name of the role, at most 64 characters.
         type: str
         required: true
+      state:
+        description: Whether this role exists; roles of a feature that is off are listed as C(absent).
+        type: str
+        choices: [present, absent]
+        default: present
+      path:
+        description: Path of the role. Fixed for life.
+        type: str
+        default: /
       description:
         description: What it is for.
         type: str
@@ -53,6 +62,11 @@ options:
         description: ARN of a permissions boundary.
         type: str
         default: ""
+  prune_path:
+    description: >-
+      Path below which roles that are not listed are deleted. Empty prunes nothing. Must not be C(/).
+    type: str
+    default: ""
   tags:
     description: Tags of every role.
     type: dict
@@ -102,19 +116,11 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
+from ansible.module_utils.rayplane_eks import concurrently
+from ansible.module_utils.rayplane_policy import canonical
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 ABSENT = ("NoSuchEntity",)
-
-
-def canonical(document: Any) -> Any:
-    """Return a policy document in one spelling: IAM treats a list of one like its element, and lists have no order."""
-    if isinstance(document, dict):
-        return {key: canonical(value) for key, value in document.items()}
-    if isinstance(document, list):
-        items = sorted((canonical(item) for item in document), key=lambda item: json.dumps(item, sort_keys=True))
-        return items[0] if len(items) == 1 else items
-    return document
 
 
 class Roles:
@@ -124,9 +130,8 @@ class Roles:
         self.params = params
         self.api = api
         self.changes = changes
-        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {
-            OWNER_TAG: params["cluster_name"]
-        }
+        self.owner: str = params["cluster_name"]
+        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.owner}
 
     def present(self) -> dict[str, Any]:
         """Bring the roles to their description and return their ARNs."""
@@ -136,47 +141,84 @@ class Roles:
                     f"role {role['name']} has {len(role['name'])} characters, IAM allows 64: shorten"
                     " platform_cluster_name"
                 )
-        return {"arns": {role["name"]: self._present(role) for role in self.params["roles"]}}
+        wanted = [role for role in self.params["roles"] if role["state"] == "present"]
+        dropped = [role["name"] for role in self.params["roles"] if role["state"] == "absent"]
+        have = self._observe([role["name"] for role in self.params["roles"]])
+        for role in wanted:
+            self._refuse_anothers(role, have.get(role["name"]))
+        arns = {role["name"]: self._present(role, have.get(role["name"])) for role in wanted}
+        self._delete({name: have[name] for name in dropped if name in have})
+        self._prune([role["name"] for role in wanted])
+        return {"arns": arns}
 
     def absent(self) -> dict[str, Any]:
         """Delete the roles, with their policies first."""
-        for role in self.params["roles"]:
-            now = self._find(role["name"])
-            if now is None:
+        self._delete(self._observe([role["name"] for role in self.params["roles"]]))
+        self._prune([])
+        return {}
+
+    def _observe(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Return the roles that exist, each with what hangs on it."""
+        found = zip(names, concurrently(self._read, names), strict=True)
+        return {name: role for name, role in found if role}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        resource = f"role {name}"
+        answer = self.api.read("get_role", resource, absent=ABSENT, RoleName=name)
+        if answer is None:
+            return None
+        attached = self.api.pages("list_attached_role_policies", "AttachedPolicies", resource, RoleName=name)
+        inline = {
+            policy: self.api.read("get_role_policy", resource, RoleName=name, PolicyName=policy)["PolicyDocument"]
+            for policy in self.api.pages("list_role_policies", "PolicyNames", resource, RoleName=name)
+        }
+        return {**answer["Role"], "Attached": {policy["PolicyArn"] for policy in attached}, "Inline": inline}
+
+    def _refuse_anothers(self, role: dict[str, Any], now: dict[str, Any] | None) -> None:
+        if now is None:
+            return
+        owner = tag_dict(now.get("Tags")).get(OWNER_TAG, self.owner)
+        if owner != self.owner:
+            raise PlatformError(
+                f"role {role['name']} belongs to cluster {owner} by its tag {OWNER_TAG}: change platform_cluster_name"
+            )
+        if now.get("Path", role["path"]) != role["path"]:
+            raise PlatformError(
+                f"role {role['name']} has the path {now['Path']}, asked for is {role['path']}: IAM cannot move it;"
+                " delete the role first"
+            )
+
+    def _delete(self, roles: dict[str, dict[str, Any]]) -> None:
+        for name, now in roles.items():
+            if tag_dict(now.get("Tags")).get(OWNER_TAG, self.owner) != self.owner:
                 continue
-            name, resource = role["name"], f"role {role['name']}"
+            resource = f"role {name}"
             self.changes.delete(resource, {"arn": now["Arn"]})
-            for arn in self._attached(name):
+            for arn in sorted(now["Attached"]):
                 self.api.write("detach_role_policy", resource, RoleName=name, PolicyArn=arn)
-            for policy in self._inline_names(name):
+            for policy in now["Inline"]:
                 self.api.write("delete_role_policy", resource, RoleName=name, PolicyName=policy)
             for profile in self._profiles(name):
                 self.api.write(
                     "remove_role_from_instance_profile", resource, RoleName=name, InstanceProfileName=profile
                 )
             self.api.write("delete_role", resource, RoleName=name)
-        return {}
 
-    def _find(self, name: str) -> dict[str, Any] | None:
-        answer = self.api.read("get_role", f"role {name}", absent=ABSENT, RoleName=name)
-        found: dict[str, Any] | None = answer["Role"] if answer else None
-        return found
-
-    def _attached(self, name: str) -> list[str]:
-        answer = self.api.pages("list_attached_role_policies", "AttachedPolicies", f"role {name}", RoleName=name)
-        return [policy["PolicyArn"] for policy in answer]
-
-    def _inline_names(self, name: str) -> list[str]:
-        names: list[str] = self.api.pages("list_role_policies", "PolicyNames", f"role {name}", RoleName=name)
-        return names
+    def _prune(self, kept: list[str]) -> None:
+        path = self.params["prune_path"]
+        if not path:
+            return
+        if path == "/":
+            raise PlatformError("prune_path / is the whole account: name a path of this cluster's own")
+        listed = self.api.pages("list_roles", "Roles", f"roles below {path}", PathPrefix=path)
+        self._delete(self._observe([one["RoleName"] for one in listed if one["RoleName"] not in kept]))
 
     def _profiles(self, name: str) -> list[str]:
         answer = self.api.pages("list_instance_profiles_for_role", "InstanceProfiles", f"role {name}", RoleName=name)
         return [profile["InstanceProfileName"] for profile in answer]
 
-    def _present(self, role: dict[str, Any]) -> str:
+    def _present(self, role: dict[str, Any], now: dict[str, Any] | None) -> str:
         name, resource = role["name"], f"role {role['name']}"
-        now = self._find(name)
         if now is None:
             return self._create(role)
         trust = now.get("AssumeRolePolicyDocument")
@@ -191,12 +233,8 @@ class Roles:
         lacking = sync_tags(self.changes, resource, tag_dict(now.get("Tags")), self.tags)
         if lacking:
             self.api.write("tag_role", resource, RoleName=name, Tags=tag_list(lacking))
-        self._managed(role, set(self._attached(name)), record=True)
-        inline = {
-            policy: self.api.read("get_role_policy", resource, RoleName=name, PolicyName=policy)["PolicyDocument"]
-            for policy in self._inline_names(name)
-        }
-        self._inline(role, inline, record=True)
+        self._managed(role, now["Attached"], record=True)
+        self._inline(role, now["Inline"], record=True)
         return str(now["Arn"])
 
     def _create(self, role: dict[str, Any]) -> str:
@@ -214,6 +252,7 @@ class Roles:
             "create_role",
             resource,
             RoleName=name,
+            Path=role["path"],
             AssumeRolePolicyDocument=json.dumps(role["trust"]),
             Tags=tag_list(self.tags),
             **only_given({"Description": role["description"], "PermissionsBoundary": role["boundary"]}),
@@ -270,6 +309,8 @@ def main() -> None:
     """Run the module."""
     role = {
         "name": {"type": "str", "required": True},
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "path": {"type": "str", "default": "/"},
         "description": {"type": "str", "default": ""},
         "trust": {"type": "dict", "default": {}},
         "managed_policies": {"type": "list", "elements": "str", "default": []},
@@ -281,6 +322,7 @@ def main() -> None:
             "cluster_name": {"type": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "roles": {"type": "list", "elements": "dict", "required": True, "options": role},
+            "prune_path": {"type": "str", "default": ""},
             "tags": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -11,6 +11,8 @@ short_description: Reconcile the access entries of an EKS cluster as one set
 description:
   - Grants IAM principals access to a cluster through EKS access entries and access policies, in one call.
   - Entries that this module did not make (EKS's own for node groups, the creator's) are left alone.
+  - Entries of nodes (every type but C(STANDARD)) are made where they are missing and never changed or removed; they end
+    with the cluster. EKS shares them with its node groups.
 options:
   cluster_name:
     description: Name of the cluster.
@@ -90,49 +92,52 @@ actions:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import ABSENT, require_cluster, retag
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
+from ansible.module_utils.rayplane_eks import EksSet, concurrently, retag
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 
-class AccessEntries:
+class AccessEntries(EksSet):
     """The access entries of one cluster: what is there, what is wanted, and the calls between the two."""
-
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
-        self.params = params
-        self.api = api
-        self.changes = changes
-        self.cluster_name: str = params["cluster_name"]
-        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
 
     def reconcile(self) -> dict[str, Any]:
         """Bring the set to its description."""
-        cluster = require_cluster(self.api, self.changes, self.cluster_name)
-        have = self._observe() if cluster else {}
+        arns = [entry["principal_arn"] for entry in self.params["entries"]]
+        doubled = sorted({arn for arn in arns if arns.count(arn) > 1})
+        if doubled:
+            raise PlatformError(f"access entry listed twice: {', '.join(doubled)}; a principal has one entry")
+        have = self._observe()
+        for entry in self.params["entries"]:
+            self._refuse_another_type(entry, have.get(entry["principal_arn"]))
         for entry in self.params["entries"]:
             now = have.get(entry["principal_arn"])
+            if now is not None and entry["type"] != "STANDARD":
+                continue
             self._reconcile_entry(entry, now)
-            self._reconcile_policies(entry, now is not None)
-        if self.params["purge"]:
-            self._purge(have)
+            if entry["type"] == "STANDARD":
+                self._reconcile_policies(entry, now is not None)
+        for arn, now in self.unwanted(have, arns).items():
+            if now["type"] == "STANDARD":
+                self._delete(arn, now)
         return {}
 
     def _observe(self) -> dict[str, dict[str, Any]]:
-        arns = self.api.pages(
-            "list_access_entries", "accessEntries", f"cluster {self.cluster_name}", clusterName=self.cluster_name
-        )
-        entries: dict[str, dict[str, Any]] = {}
-        for arn in arns:
-            answer = self.api.read(
-                "describe_access_entry",
-                f"access entry {arn}",
-                absent=ABSENT,
-                clusterName=self.cluster_name,
-                principalArn=arn,
+        arns = self.list_all("list_access_entries", "accessEntries")
+
+        def describe(arn: str) -> dict[str, Any] | None:
+            found: dict[str, Any] | None = self.describe(
+                "describe_access_entry", "accessEntry", f"access entry {arn}", principalArn=arn
             )
-            if answer:
-                entries[arn] = answer["accessEntry"]
-        return entries
+            return found
+
+        return {arn: entry for arn, entry in zip(arns, concurrently(describe, arns), strict=True) if entry}
+
+    def _refuse_another_type(self, entry: dict[str, Any], now: dict[str, Any] | None) -> None:
+        if now is not None and now["type"] != entry["type"]:
+            raise PlatformError(
+                f"access entry {entry['principal_arn']} is of type {now['type']}, asked for is {entry['type']}: EKS"
+                " cannot change it; remove the entry first"
+            )
 
     def _reconcile_entry(self, entry: dict[str, Any], now: dict[str, Any] | None) -> None:
         arn = entry["principal_arn"]
@@ -151,11 +156,6 @@ class AccessEntries:
                 **only_given(wanted),
             )
             return
-        if now["type"] != entry["type"]:
-            raise PlatformError(
-                f"{resource} is of type {now['type']}, asked for is {entry['type']}: EKS cannot change it; remove"
-                " the entry first"
-            )
         have = {"username": now.get("username"), "kubernetesGroups": sorted(now.get("kubernetesGroups", []))}
         if self.changes.update(resource, have, wanted):
             self.api.write("update_access_entry", resource, clusterName=self.cluster_name, principalArn=arn, **wanted)
@@ -195,15 +195,10 @@ class AccessEntries:
                 policyArn=policy,
             )
 
-    def _purge(self, have: dict[str, dict[str, Any]]) -> None:
-        listed = {entry["principal_arn"] for entry in self.params["entries"]}
-        for arn, entry in have.items():
-            if arn not in listed and entry.get("tags", {}).get(OWNER_TAG) == self.cluster_name:
-                resource = f"access entry {arn}"
-                self.changes.delete(
-                    resource, {"type": entry["type"], "kubernetesGroups": entry.get("kubernetesGroups", [])}
-                )
-                self.api.write("delete_access_entry", resource, clusterName=self.cluster_name, principalArn=arn)
+    def _delete(self, arn: str, entry: dict[str, Any]) -> None:
+        resource = f"access entry {arn}"
+        self.changes.delete(resource, {"type": entry["type"], "kubernetesGroups": entry.get("kubernetesGroups", [])})
+        self.api.write("delete_access_entry", resource, clusterName=self.cluster_name, principalArn=arn)
 
 
 def _scope(namespaces: list[str]) -> dict[str, Any]:

@@ -113,28 +113,33 @@ addons:
 import json
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
-from ansible.module_utils.rayplane_eks import ABSENT, health, require_cluster, resolve_role, retag, wait_for_update
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_eks import (
+    EksSet,
+    concurrently,
+    find_cluster,
+    health,
+    resolve_role,
+    retag,
+    wait_for_update,
+)
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 VERSION_TAG = "rayplane.io/kubernetes-version"
 
 
-class Addons:
+class Addons(EksSet):
     """The add-ons of one cluster: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
-        self.params = params
-        self.api = api
-        self.changes = changes
-        self.cluster_name: str = params["cluster_name"]
-        self.kubernetes = ""
+    kubernetes = ""
 
     def reconcile(self) -> dict[str, Any]:
         """Bring the set to its description and return the add-ons' versions and status."""
-        cluster = require_cluster(self.api, self.changes, self.cluster_name)
-        self.kubernetes = self.params["kubernetes_version"] or (cluster["version"] if cluster else "")
-        have = self._observe() if cluster else {}
+        self._refuse_nonsense()
+        have = self._observe()
+        self.kubernetes = self.params["kubernetes_version"]
+        if not self.kubernetes:
+            self.kubernetes = (find_cluster(self.api, self.cluster_name) or {}).get("version", "")
         touched = []
         for addon in self.params["addons"]:
             now = have.get(addon["name"])
@@ -144,7 +149,7 @@ class Addons:
             changed = self._create(addon) if now is None else self._update(addon, now)
             if changed:
                 touched.append(addon["name"])
-        self._delete(self._unwanted(have))
+        self._delete(self.unwanted(have, [addon["name"] for addon in self.params["addons"]]))
         if touched and not self.changes.check_mode and self._has_nodes():
             for name in touched:
                 self._wait_until_active(name)
@@ -156,28 +161,29 @@ class Addons:
             }
         }
 
+    def _refuse_nonsense(self) -> None:
+        names = [addon["name"] for addon in self.params["addons"]]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise PlatformError(f"add-on named twice: {', '.join(doubled)}; list each once in eks_addons")
+        for addon in self.params["addons"]:
+            # Before anything is changed: a role that nobody knows.
+            self._identities(addon)
+
     def _observe(self) -> dict[str, dict[str, Any]]:
-        names = self.api.pages("list_addons", "addons", f"cluster {self.cluster_name}", clusterName=self.cluster_name)
-        addons = {name: self._describe(name) for name in names}
-        return {name: addon for name, addon in addons.items() if addon}
+        names = self.list_all("list_addons", "addons")
+        found = zip(names, concurrently(self._describe, names), strict=True)
+        return {name: addon for name, addon in found if addon}
 
     def _describe(self, name: str) -> dict[str, Any] | None:
-        answer = self.api.read(
-            "describe_addon", f"add-on {name}", absent=ABSENT, clusterName=self.cluster_name, addonName=name
-        )
-        found: dict[str, Any] | None = answer["addon"] if answer else None
+        found: dict[str, Any] | None = self.describe("describe_addon", "addon", f"add-on {name}", addonName=name)
         return found
 
     def _has_nodes(self) -> bool:
-        return bool(
-            self.api.pages(
-                "list_nodegroups", "nodegroups", f"cluster {self.cluster_name}", clusterName=self.cluster_name
-            )
-        )
+        return bool(self.list_all("list_nodegroups", "nodegroups"))
 
     def _tags(self) -> dict[str, str]:
-        tags = {str(key): str(value) for key, value in self.params["tags"].items()}
-        return {**tags, OWNER_TAG: self.cluster_name, VERSION_TAG: self.kubernetes}
+        return {**self.tags, VERSION_TAG: self.kubernetes}
 
     def _create(self, addon: dict[str, Any]) -> bool:
         resource = f"add-on {addon['name']}"
@@ -262,16 +268,6 @@ class Addons:
             {"serviceAccount": one["service_account"], "roleArn": resolve_role(one["role_arn"], known)}
             for one in addon["pod_identities"]
         ]
-
-    def _unwanted(self, have: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if not self.params["purge"]:
-            return {}
-        listed = {addon["name"] for addon in self.params["addons"]}
-        return {
-            name: addon
-            for name, addon in have.items()
-            if name not in listed and addon.get("tags", {}).get(OWNER_TAG) == self.cluster_name
-        }
 
     def _delete(self, addons: dict[str, dict[str, Any]]) -> None:
         for name, addon in addons.items():

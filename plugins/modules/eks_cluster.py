@@ -82,6 +82,19 @@ options:
     type: str
     choices: ["", STANDARD, EXTENDED]
     default: ""
+  deletion_protection:
+    description: >-
+      Whether EKS refuses to delete the cluster. Deleting then takes a run that turns it off first.
+    type: bool
+    default: false
+  zonal_shift:
+    description: Whether AWS may take traffic away from a zone that fails.
+    type: bool
+    default: false
+  security_group_tags:
+    description: Tags of the security group that EKS makes for nodes and control plane, by which Karpenter finds it.
+    type: dict
+    default: {}
   tags:
     description: Tags of the cluster.
     type: dict
@@ -121,20 +134,35 @@ cluster:
     arn: {description: ARN of the cluster., type: str}
     certificate_authority: {description: CA of the API server, base64., type: str}
     endpoint: {description: Address of the API server., type: str}
+    irsa: {description: "Whether service accounts were ever given roles by the cluster's OIDC issuer.", type: bool}
     oidc_issuer: {description: Issuer of service account tokens., type: str}
     security_group_id: {description: Security group that EKS made for nodes and control plane., type: str}
     status: {description: Status of the cluster., type: str}
     version: {description: Kubernetes version., type: str}
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
-from ansible.module_utils.rayplane_eks import find_cluster, minor, retag, wait_for_update
+from ansible.module_utils.rayplane_aws import (
+    OWNER_TAG,
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+    sync_tags,
+    tag_dict,
+    tag_list,
+    wait_until,
+)
+from ansible.module_utils.rayplane_eks import ABSENT, concurrently, find_cluster, minor, retag, wait_for_update
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 # Nodes may be at most this many minor versions behind the control plane (Kubernetes version skew policy).
 MAX_SKEW = 3
+# On clusters whose service accounts get roles by the OIDC issuer, so that what is no longer wanted is looked for.
+IRSA_TAG = "rayplane.io/irsa"
 MODES = ["CONFIG_MAP", "API_AND_CONFIG_MAP", "API"]
 LOG_TYPES = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
 
@@ -142,10 +170,12 @@ LOG_TYPES = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
 class Cluster:
     """One control plane: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, ec2: Callable[[], Api]) -> None:
         self.params = params
         self.api = api
         self.changes = changes
+        # Asked for only where it is needed: a client costs a tenth of a second.
+        self.ec2 = ec2
         self.name: str = params["name"]
         self.resource = f"cluster {self.name}"
         self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.name}
@@ -163,12 +193,21 @@ class Cluster:
                 self._wait_until_active()
                 now = find_cluster(self.api, self.name) or now
             self._reconcile(now)
-        return {"cluster": facts(find_cluster(self.api, self.name))}
+        # What was read says all, unless something was changed since.
+        if now is None or (self.changes.actions and not self.changes.check_mode):
+            now = find_cluster(self.api, self.name)
+        self._tag_security_group(now)
+        return {"cluster": facts(now)}
 
     def absent(self) -> dict[str, Any]:
         """Delete the cluster, its node groups first."""
         now = find_cluster(self.api, self.name)
         if now is not None:
+            if now.get("deletionProtection"):
+                raise PlatformError(
+                    f"{self.resource} is protected against deletion, nothing was deleted: set eks_deletion_protection"
+                    " to false, run deploy.yml --tags eks, then destroy"
+                )
             self._delete_node_groups()
             self.changes.delete(self.resource, {"version": now["version"], "endpoint": now.get("endpoint")})
             if now["status"] != "DELETING":
@@ -182,10 +221,8 @@ class Cluster:
             resource = f"node group {name}"
             self.changes.delete(resource)
             # One that is being deleted already answers that it is in use.
-            status = self.api.read("describe_nodegroup", resource, clusterName=self.name, nodegroupName=name)[
-                "nodegroup"
-            ]["status"]
-            if status != "DELETING":
+            group = self._node_group(name)
+            if group and group["status"] != "DELETING":
                 self.api.write(
                     "delete_nodegroup",
                     resource,
@@ -204,6 +241,13 @@ class Cluster:
     def _node_groups(self) -> list[str]:
         names: list[str] = self.api.pages("list_nodegroups", "nodegroups", self.resource, clusterName=self.name)
         return names
+
+    def _node_group(self, name: str) -> dict[str, Any] | None:
+        answer = self.api.read(
+            "describe_nodegroup", f"node group {name}", absent=ABSENT, clusterName=self.name, nodegroupName=name
+        )
+        found: dict[str, Any] | None = answer["nodegroup"] if answer else None
+        return found
 
     def _create(self) -> None:
         params = self.params
@@ -230,6 +274,8 @@ class Cluster:
                 "bootstrapClusterCreatorAdminPermissions": params["creator_is_admin"],
             },
             "upgradePolicy": only_given({"supportType": params["support_type"]}),
+            "zonalShiftConfig": {"enabled": True} if params["zonal_shift"] else None,
+            "deletionProtection": True if params["deletion_protection"] else None,
             "tags": self.tags,
         }
         wanted = only_given(wanted)
@@ -245,6 +291,7 @@ class Cluster:
         self._update_logging(now)
         self._update_encryption(now)
         self._update_support(now)
+        self._update_protection(now)
         retag(self.api, self.changes, self.resource, now["arn"], have=now.get("tags", {}), want=self.tags)
         self._upgrade(now["version"])
 
@@ -257,13 +304,8 @@ class Cluster:
                 f" {params['version']}: EKS cannot go back;"
                 f' set it to "{now["version"]}" or later'
             )
-        if params["version"] and minor(params["version"]) - minor(now["version"]) > MAX_SKEW:
-            step = f"1.{minor(now['version']) + MAX_SKEW}"
-            raise PlatformError(
-                f"{self.resource} runs Kubernetes {now['version']}, eks_kubernetes_version asks for"
-                f" {params['version']}: nodes may be at most"
-                f' {MAX_SKEW} versions behind; deploy "{step}" first, nodes included'
-            )
+        if params["version"] and params["version"] != now["version"]:
+            self._refuse_skew(now["version"], params["version"])
         if params["role_arn"] and not params["role_arn"].startswith("<") and now["roleArn"] != params["role_arn"]:
             raise PlatformError(
                 f"{self.resource} runs with the role {now['roleArn']}, asked for is {params['role_arn']}: EKS cannot"
@@ -280,6 +322,19 @@ class Cluster:
             raise PlatformError(
                 f"{self.resource} encrypts secrets with {key}: EKS cannot change the key to"
                 f" {params['encryption_key_arn']}"
+            )
+
+    def _refuse_skew(self, have: str, want: str) -> None:
+        """Refuse an upgrade that leaves nodes more than ``MAX_SKEW`` minor versions behind."""
+        groups = [group for group in concurrently(self._node_group, self._node_groups()) if group]
+        versions = {group["nodegroupName"]: group["version"] for group in groups if group.get("version")}
+        oldest = min([minor(have), *(minor(version) for version in versions.values())])
+        if minor(want) - oldest > MAX_SKEW:
+            behind = ", ".join(f"node group {name} {versions[name]}" for name in sorted(versions))
+            raise PlatformError(
+                f"{self.resource} runs Kubernetes {have} ({behind or 'no node groups'}), eks_kubernetes_version asks"
+                f" for {want}: nodes may be at most {MAX_SKEW} versions behind;"
+                f' deploy "1.{max(oldest + MAX_SKEW, minor(have))}" first, nodes included'
             )
 
     def _endpoint_access(self) -> dict[str, Any]:
@@ -346,6 +401,32 @@ class Cluster:
         if want and self.changes.update(self.resource, {"support_type": have}, {"support_type": want}):
             self._update_config(upgradePolicy={"supportType": want})
 
+    def _update_protection(self, now: dict[str, Any]) -> None:
+        want = self.params["zonal_shift"]
+        have = bool((now.get("zonalShiftConfig") or {}).get("enabled"))
+        if self.changes.update(self.resource, {"zonal_shift": have}, {"zonal_shift": want}):
+            self._update_config(zonalShiftConfig={"enabled": want})
+        want, have = self.params["deletion_protection"], bool(now.get("deletionProtection"))
+        if self.changes.update(self.resource, {"deletion_protection": have}, {"deletion_protection": want}):
+            self._update_config(deletionProtection=want)
+
+    def _tag_security_group(self, now: dict[str, Any] | None) -> None:
+        """Tag the security group that EKS made."""
+        want = {str(key): str(value) for key, value in self.params["security_group_tags"].items()}
+        if not want:
+            return
+        resource = f"security group of {self.resource}"
+        group = (now or {}).get("resourcesVpcConfig", {}).get("clusterSecurityGroupId")
+        if not group:
+            # In check mode before the first run it is part of the new cluster.
+            sync_tags(self.changes, resource, {}, want)
+            return
+        ec2 = self.ec2()
+        (found,) = ec2.read("describe_security_groups", resource, GroupIds=[group])["SecurityGroups"]
+        lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), want)
+        if lacking:
+            ec2.write("create_tags", resource, Resources=[group], Tags=tag_list(lacking))
+
     def _update_config(self, **config: Any) -> None:
         update = self.api.write(
             "update_cluster_config", self.resource, busy=self.params["wait_timeout"], name=self.name, **config
@@ -401,6 +482,7 @@ def facts(cluster: dict[str, Any] | None) -> dict[str, Any]:
         "arn": cluster["arn"],
         "certificate_authority": cluster.get("certificateAuthority", {}).get("data", ""),
         "endpoint": cluster.get("endpoint", ""),
+        "irsa": cluster.get("tags", {}).get(IRSA_TAG) == "true",
         "oidc_issuer": cluster.get("identity", {}).get("oidc", {}).get("issuer", ""),
         "security_group_id": cluster.get("resourcesVpcConfig", {}).get("clusterSecurityGroupId", ""),
         "status": cluster["status"],
@@ -410,7 +492,8 @@ def facts(cluster: dict[str, Any] | None) -> dict[str, Any]:
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
-    cluster = Cluster(module.params, Api(module.client("eks"), changes), changes)
+    eks = Api(module.client("eks"), changes)
+    cluster = Cluster(module.params, eks, changes, lambda: Api(module.client("ec2"), changes))
     return cluster.present() if module.params["state"] == "present" else cluster.absent()
 
 
@@ -433,6 +516,9 @@ def main() -> None:
             "authentication_mode": {"type": "str", "choices": MODES, "default": "API"},
             "creator_is_admin": {"type": "bool", "default": True},
             "support_type": {"type": "str", "choices": ["", "STANDARD", "EXTENDED"], "default": ""},
+            "deletion_protection": {"type": "bool", "default": False},
+            "zonal_shift": {"type": "bool", "default": False},
+            "security_group_tags": {"type": "dict", "default": {}},
             "tags": {"type": "dict", "default": {}},
             "wait_timeout": {"type": "int", "default": 2400},
         },

@@ -14,11 +14,22 @@ description:
   - The desired size counts when a group is made; afterwards it is the autoscaler's, and is touched only where it lies
     outside the bounds.
   - Groups that this module made and that are no longer listed are deleted; others are left alone.
+  - Each group gets a launch template of its own, which holds what EKS has no settings for (encrypted gp3 disk, metadata
+    service by tokens only, tags of instances and volumes, reserved capacity, placement). A changed setting makes a new
+    version, to which EKS rolls the nodes; unchanged settings make none.
+  - An image that does not fit the instance types is refused before anything is changed.
 options:
   cluster_name:
     description: Name of the cluster.
     type: str
     required: true
+  state:
+    description: >-
+      C(absent) deletes the launch templates and placement groups that are left of a cluster; the groups themselves go
+      with it, in M(eks_cluster).
+    type: str
+    choices: [present, absent]
+    default: present
   node_groups:
     description: The groups.
     type: list
@@ -35,11 +46,16 @@ options:
         elements: str
         default: [m5.2xlarge]
       ami_type:
-        description: Image of the nodes, such as C(AL2023_x86_64_STANDARD) or C(AL2023_x86_64_NVIDIA). Fixed for life.
+        description: >-
+          Image of the nodes, such as C(AL2023_x86_64_STANDARD) or C(AL2023_x86_64_NVIDIA). Fixed for life. Nodes of
+          NVIDIA and Neuron images are labelled C(rayplane.io/accelerator). C(CUSTOM) is the image of a launch template
+          of your own.
         type: str
         default: AL2023_x86_64_STANDARD
       capacity_type:
-        description: On-demand, spot or reserved capacity. Fixed for life.
+        description: >-
+          On-demand, spot or a capacity block. Fixed for life. A capacity block takes one instance type and
+          O(node_groups[].capacity_reservation_id).
         type: str
         choices: [ON_DEMAND, SPOT, CAPACITY_BLOCK]
         default: ON_DEMAND
@@ -55,9 +71,32 @@ options:
         description: Nodes to begin with; absent takes O(node_groups[].min_size).
         type: int
       disk_size:
-        description: Root disk in GiB; not used with a launch template. Fixed for life.
+        description: >-
+          Disk for images and pods in GiB, gp3 and encrypted; not used with a launch template of your own.
         type: int
         default: 100
+      capacity_reservation_id:
+        description: Capacity reservation or block to run in, by id, or a resource group of reservations by ARN.
+        type: str
+        default: ""
+      capacity_reservation_preference:
+        description: >-
+          Whether nodes take open reservations that match (C(open)), none, or run in reservations only. Empty leaves
+          EC2's default, which is open.
+        type: str
+        choices: ["", open, none, capacity-reservations-only]
+        default: ""
+      placement_group:
+        description: Placement group of yours to run in, by name.
+        type: str
+        default: ""
+      placement_strategy:
+        description: >-
+          Makes a placement group for this group. C(cluster) packs the nodes close together for fast networking between
+          them, in one zone, so it takes one subnet, by default the first. Fixed for life.
+        type: str
+        choices: ["", cluster, partition, spread]
+        default: ""
       labels:
         description: Kubernetes labels of the nodes.
         type: dict
@@ -91,7 +130,8 @@ options:
         type: str
         default: ""
       launch_template:
-        description: Launch template, with C(name) or C(id) and C(version).
+        description: >-
+          Launch template of your own, with C(name) or C(id) and C(version), in place of the one that is made here.
         type: dict
         default: {}
       release_version:
@@ -102,8 +142,15 @@ options:
         description: Nodes replaced at a time during an update.
         type: int
         default: 1
+      max_unavailable_percentage:
+        description: Share of the nodes replaced at a time, in percent, in place of O(node_groups[].max_unavailable).
+        type: int
+      node_repair:
+        description: Whether EKS replaces nodes that it finds broken.
+        type: bool
+        default: false
       tags:
-        description: Further tags of the group.
+        description: Further tags of the group, its instances and its disks.
         type: dict
         default: {}
   role_arn:
@@ -116,9 +163,18 @@ options:
     elements: str
     default: []
   tags:
-    description: Tags of every group.
+    description: Tags of every group, its instances and its disks.
     type: dict
     default: {}
+  kms_key_arn:
+    description: KMS key that encrypts the disks; empty takes AWS's own key.
+    type: str
+    default: ""
+  metadata_hop_limit:
+    description: >-
+      How many network hops the metadata service's answers live. Pods are the second; 1 keeps them from it.
+    type: int
+    default: 2
   replace:
     description: >-
       Whether a group is deleted and made anew when a property changes that is fixed for life. Its nodes are drained
@@ -182,45 +238,69 @@ node_groups:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, only_given, run, wait_until
-from ansible.module_utils.rayplane_eks import ABSENT, health, minor, require_cluster, retag, wait_for_update
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_eks import (
+    EksSet,
+    concurrently,
+    find_cluster,
+    health,
+    minor,
+    node_group_problem,
+    node_labels,
+    retag,
+    wait_for_update,
+)
+from ansible.module_utils.rayplane_launch_templates import LaunchTemplates, PlacementGroups, template_data
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 EFFECTS = {"NoSchedule": "NO_SCHEDULE", "NoExecute": "NO_EXECUTE", "PreferNoSchedule": "PREFER_NO_SCHEDULE"}
 BUSY = ("CREATING", "UPDATING", "DELETING")
+PREFERENCES = ["", "open", "none", "capacity-reservations-only"]
+STRATEGIES = ["", "cluster", "partition", "spread"]
 
 
-class NodeGroups:
+class NodeGroups(EksSet):
     """The node groups of one cluster: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
-        self.params = params
-        self.api = api
-        self.changes = changes
-        self.cluster_name: str = params["cluster_name"]
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, ec2: Api) -> None:
+        super().__init__(params, api, changes)
+        self.templates = LaunchTemplates(ec2, changes, self.cluster_name)
+        self.placements = PlacementGroups(ec2, changes, self.cluster_name)
         self.touched: list[str] = []
 
-    def reconcile(self) -> dict[str, Any]:
+    def present(self) -> dict[str, Any]:
         """Bring the set to its description and return the groups' status."""
+        groups = self.params["node_groups"]
         self._refuse_nonsense()
-        cluster = require_cluster(self.api, self.changes, self.cluster_name)
-        have = self._observe() if cluster else {}
+        have = self._observe(self.list_all("list_nodegroups", "nodegroups"))
+        self.templates.observe([self._made_name(group) for group in groups if not group["launch_template"]])
+        self.placements.observe([self._made_name(group) for group in groups if group["placement_strategy"]])
         # Everything that must fail, fails before anything is changed.
-        replaced = [
-            group["name"]
-            for group in self.params["node_groups"]
-            if self._must_be_replaced(group, have.get(group["name"]))
-        ]
-        unwanted = self._unwanted(have)
-        self._delete({name: have[name] for name in [*replaced, *unwanted]})
-        for group in self.params["node_groups"]:
+        replaced = [group["name"] for group in groups if self._must_be_replaced(group, have.get(group["name"]))]
+        version = self.params["kubernetes_version"] or (find_cluster(self.api, self.cluster_name) or {}).get(
+            "version", ""
+        )
+        unwanted = self.unwanted(have, [group["name"] for group in groups])
+        self._delete({**{name: have[name] for name in replaced}, **unwanted})
+        for group in groups:
             now = None if group["name"] in replaced else have.get(group["name"])
+            template = self._prepare(group, now)
             if now is None:
-                self._create(group)
+                self._create(group, template)
             else:
-                self._update(group, now, self.params["kubernetes_version"] or (cluster["version"] if cluster else ""))
+                self._update(group, now, version, template)
         self._wait_for_all()
-        return {"node_groups": {name: group["status"] for name, group in (self._observe() if cluster else {}).items()}}
+        self._prune(groups)
+        if self.changes.actions and not self.changes.check_mode:
+            have = self._observe([*{*have, *(group["name"] for group in groups)}])
+        return {"node_groups": {name: group["status"] for name, group in have.items()}}
+
+    def absent(self) -> dict[str, Any]:
+        """Delete what the groups of a deleted cluster were launched from."""
+        self.templates.observe([])
+        self.placements.observe([])
+        self._prune([])
+        return {"node_groups": {}}
 
     def _refuse_nonsense(self) -> None:
         names = [group["name"] for group in self.params["node_groups"]]
@@ -228,26 +308,50 @@ class NodeGroups:
         if doubled:
             raise PlatformError(f"node group named twice: {', '.join(doubled)}; give each its own name")
         for group in self.params["node_groups"]:
-            low, high, desired = group["min_size"], group["max_size"], _desired(group)
-            if not 0 <= low <= desired <= high or high < 1:
-                raise PlatformError(
-                    f"node group {group['name']}: min {low}, desired {desired}, max {high} do not fit: 0 <= min <="
-                    " desired <= max and max >= 1"
-                )
+            problem = node_group_problem(group)
+            if problem:
+                raise PlatformError(f"node group {group['name']}: {problem}")
 
-    def _observe(self) -> dict[str, dict[str, Any]]:
-        names = self.api.pages(
-            "list_nodegroups", "nodegroups", f"cluster {self.cluster_name}", clusterName=self.cluster_name
-        )
-        groups = {name: self._describe(name) for name in names}
-        return {name: group for name, group in groups.items() if group}
+    def _observe(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        found = zip(names, concurrently(self._describe, names), strict=True)
+        return {name: group for name, group in found if group}
 
     def _describe(self, name: str) -> dict[str, Any] | None:
-        answer = self.api.read(
-            "describe_nodegroup", f"node group {name}", absent=ABSENT, clusterName=self.cluster_name, nodegroupName=name
+        found: dict[str, Any] | None = self.describe(
+            "describe_nodegroup", "nodegroup", f"node group {name}", nodegroupName=name
         )
-        found: dict[str, Any] | None = answer["nodegroup"] if answer else None
         return found
+
+    def _made_name(self, group: dict[str, Any]) -> str:
+        return f"{self.cluster_name}-{group['name']}"
+
+    def _prepare(self, group: dict[str, Any], now: dict[str, Any] | None) -> dict[str, str]:
+        """Keep what the group is launched from, and return its launch template."""
+        placement = group["placement_group"]
+        if group["placement_strategy"]:
+            placement = self._made_name(group)
+            self.placements.keep(
+                placement, group["name"], group["placement_strategy"], self._tags(group), self.params["wait_timeout"]
+            )
+        if group["launch_template"]:
+            return _template(group)
+        name = self._made_name(group)
+        data = template_data(
+            group,
+            kms_key_arn=self.params["kms_key_arn"],
+            hop_limit=self.params["metadata_hop_limit"],
+            placement_group=placement,
+            tags={"Name": name, **self._tags(group)},
+        )
+        used = (now or {}).get("launchTemplate") or {}
+        kept: dict[str, str] = self.templates.keep(name, group["name"], data=data, tags=self._tags(group), used=used)
+        return kept
+
+    def _prune(self, groups: list[dict[str, Any]]) -> None:
+        if self.params["purge"]:
+            self.templates.prune({self._made_name(group) for group in groups if not group["launch_template"]})
+            placed = {self._made_name(group) for group in groups if group["placement_strategy"]}
+            self.placements.prune(placed, self.params["wait_timeout"])
 
     def _must_be_replaced(self, group: dict[str, Any], now: dict[str, Any] | None) -> bool:
         if now is None:
@@ -259,6 +363,7 @@ class NodeGroups:
         want = only_given(self._fixed(group))
         have = {key: sorted(now[key]) if key == "subnets" else now.get(key) for key in want}
         differing = [key for key in want if have[key] != want[key] and not str(want[key]).startswith(("<", "['<"))]
+        self._compare_origin(group, now, have, want, differing)
         if differing and not self.params["replace"]:
             detail = ", ".join(f"{key} {have[key]} -> {want[key]}" for key in differing)
             raise PlatformError(
@@ -269,15 +374,32 @@ class NodeGroups:
             )
         return bool(differing)
 
-    def _unwanted(self, have: dict[str, dict[str, Any]]) -> list[str]:
-        if not self.params["purge"]:
-            return []
-        listed = {group["name"] for group in self.params["node_groups"]}
-        return [
-            name
-            for name, group in have.items()
-            if name not in listed and group.get("tags", {}).get(OWNER_TAG) == self.cluster_name
-        ]
+    def _compare_origin(
+        self,
+        group: dict[str, Any],
+        now: dict[str, Any],
+        have: dict[str, Any],
+        want: dict[str, Any],
+        differing: list[str],
+    ) -> None:
+        # EKS keeps a group with the launch template that it was made with, by id; only the version moves.
+        held = now.get("launchTemplate") or {}
+        given = group["launch_template"]
+        name = given.get("name", "") if given else self._made_name(group)
+        same = held.get("id") == given["id"] if given.get("id") else held.get("name") == name
+        if not given:
+            ours = self.templates.have.get(name)
+            same = same and ours is not None and ours["LaunchTemplateId"] == held.get("id")
+        if not same:
+            gone = " (which is gone)" if held.get("name") == name else ""
+            have["launchTemplate"] = f"{held['name']}{gone}" if held.get("name") else "none"
+            want["launchTemplate"] = given.get("id") or name
+            differing.append("launchTemplate")
+        placement = self.placements.have.get(self._made_name(group)) if group["placement_strategy"] else None
+        if placement and placement.get("Strategy") != group["placement_strategy"]:
+            have["placement_strategy"] = placement.get("Strategy")
+            want["placement_strategy"] = group["placement_strategy"]
+            differing.append("placement_strategy")
 
     def _delete(self, groups: dict[str, dict[str, Any]]) -> None:
         for name, group in groups.items():
@@ -307,21 +429,22 @@ class NodeGroups:
         wait_until(f"deletion of node group {name}", probe, self.params["wait_timeout"])
 
     def _fixed(self, group: dict[str, Any]) -> dict[str, Any]:
-        templated = bool(group["launch_template"])
+        # The type of a capacity block stands in its launch template, and nowhere else.
+        block = group["capacity_type"] == "CAPACITY_BLOCK" and not group["launch_template"]
+        # Nodes close together stand in one zone.
+        subnets = self.params["subnet_ids"][: 1 if group["placement_strategy"] == "cluster" else None]
         return {
-            "instanceTypes": group["instance_types"],
-            "amiType": group["ami_type"],
+            "instanceTypes": None if block else group["instance_types"],
+            "amiType": None if group["ami_type"] == "CUSTOM" else group["ami_type"],
             "capacityType": group["capacity_type"],
-            "diskSize": None if templated else group["disk_size"],
-            "subnets": sorted(group["subnet_ids"] or self.params["subnet_ids"]),
+            "subnets": sorted(group["subnet_ids"] or subnets),
             "nodeRole": group["role_arn"] or self.params["role_arn"],
         }
 
     def _tags(self, group: dict[str, Any]) -> dict[str, str]:
-        tags = {**self.params["tags"], **group["tags"]}
-        return {str(key): str(value) for key, value in tags.items()} | {OWNER_TAG: self.cluster_name}
+        return {**{str(key): str(value) for key, value in group["tags"].items()}, **self.tags}
 
-    def _create(self, group: dict[str, Any]) -> None:
+    def _create(self, group: dict[str, Any], template: dict[str, str]) -> None:
         resource = f"node group {group['name']}"
         wanted = only_given(
             {
@@ -333,8 +456,9 @@ class NodeGroups:
                 },
                 "labels": _labels(group),
                 "taints": _taints(group),
-                "updateConfig": {"maxUnavailable": group["max_unavailable"]},
-                "launchTemplate": _template(group),
+                "updateConfig": _update_config(group),
+                "nodeRepairConfig": {"enabled": True} if group["node_repair"] else None,
+                "launchTemplate": template,
                 "releaseVersion": group["release_version"],
                 "tags": self._tags(group),
             }
@@ -350,21 +474,22 @@ class NodeGroups:
         )
         self.touched.append(group["name"])
 
-    def _update(self, group: dict[str, Any], now: dict[str, Any], cluster_version: str) -> None:
+    def _update(self, group: dict[str, Any], now: dict[str, Any], version: str, template: dict[str, str]) -> None:
         resource = f"node group {group['name']}"
         if now["status"] in BUSY and not self.changes.check_mode:
             self._wait_until_active(group["name"])
         config = {**self._scaling(resource, group, now), **self._labels_and_taints(resource, group, now)}
-        unavailable = now.get("updateConfig", {}).get("maxUnavailable")
-        # An emulator may not keep this; the real service always answers it.
-        if "updateConfig" in now and self.changes.update(
-            resource, {"max_unavailable": unavailable}, {"max_unavailable": group["max_unavailable"]}
-        ):
-            config["updateConfig"] = {"maxUnavailable": group["max_unavailable"]}
+        limits = _update_config(group)
+        held = {key: value for key, value in (now.get("updateConfig") or {}).items() if key.startswith("maxUnavail")}
+        if self.changes.update(resource, {"update_limit": held}, {"update_limit": limits}):
+            config["updateConfig"] = limits
+        repair = bool((now.get("nodeRepairConfig") or {}).get("enabled"))
+        if self.changes.update(resource, {"node_repair": repair}, {"node_repair": group["node_repair"]}):
+            config["nodeRepairConfig"] = {"enabled": group["node_repair"]}
         if config:
             self._step("update_nodegroup_config", resource, group["name"], config)
         retag(self.api, self.changes, resource, now["nodegroupArn"], have=now.get("tags", {}), want=self._tags(group))
-        self._upgrade(resource, group, now, cluster_version)
+        self._upgrade(resource, group, now, version, template)
         if now["status"] == "DEGRADED":
             self.changes.warnings.append(f"{resource} is degraded: {health(now) or 'no reason given'}")
 
@@ -389,11 +514,14 @@ class NodeGroups:
             config["taints"] = only_given({"addOrUpdateTaints": wished, "removeTaints": dropped})
         return config
 
-    def _upgrade(self, resource: str, group: dict[str, Any], now: dict[str, Any], cluster_version: str) -> None:
+    def _upgrade(
+        self, resource: str, group: dict[str, Any], now: dict[str, Any], cluster_version: str, template: dict[str, str]
+    ) -> None:
         wanted: dict[str, Any] = {}
-        version = now.get("version", "")
-        if version and cluster_version and minor(version) < minor(cluster_version):
-            # Nodes follow the control plane, never the other way round.
+        version = now.get("version") or ""
+        # Nodes follow the control plane, never the other way round; a custom image has a version of its own.
+        behind = version and cluster_version and minor(version) < minor(cluster_version)
+        if behind and group["ami_type"] != "CUSTOM":
             self.changes.update(resource, {"version": version}, {"version": cluster_version})
             wanted["version"] = cluster_version
         release = group["release_version"]
@@ -401,11 +529,9 @@ class NodeGroups:
             resource, {"release_version": now.get("releaseVersion")}, {"release_version": release}
         ):
             wanted["releaseVersion"] = release
-        template = _template(group)
-        held = now.get("launchTemplate") or {}
-        pinned = template.get("version", "")
+        held, pinned = now.get("launchTemplate") or {}, template.get("version", "")
         if pinned.isdigit() and self.changes.update(
-            resource, {"launch_template_version": held.get("version")}, {"launch_template_version": pinned}
+            resource, {"launch_template_version": str(held.get("version"))}, {"launch_template_version": pinned}
         ):
             wanted["launchTemplate"] = template
         if wanted:
@@ -450,7 +576,14 @@ def _desired(group: dict[str, Any]) -> int:
 
 
 def _labels(group: dict[str, Any]) -> dict[str, str]:
-    return {str(key): str(value) for key, value in group["labels"].items()}
+    given = {str(key): str(value) for key, value in group["labels"].items()}
+    return {**node_labels(group["ami_type"]), **given}
+
+
+def _update_config(group: dict[str, Any]) -> dict[str, int]:
+    if group["max_unavailable_percentage"] is not None:
+        return {"maxUnavailablePercentage": int(group["max_unavailable_percentage"])}
+    return {"maxUnavailable": int(group["max_unavailable"])}
 
 
 def _taints(group: dict[str, Any]) -> list[dict[str, str]]:
@@ -470,7 +603,8 @@ def _template(group: dict[str, Any]) -> dict[str, str]:
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
-    return NodeGroups(module.params, Api(module.client("eks"), changes), changes).reconcile()
+    groups = NodeGroups(module.params, Api(module.client("eks"), changes), changes, Api(module.client("ec2"), changes))
+    return groups.present() if module.params["state"] == "present" else groups.absent()
 
 
 def argument_spec() -> dict[str, Any]:
@@ -490,6 +624,10 @@ def argument_spec() -> dict[str, Any]:
         "max_size": {"type": "int", "required": True},
         "desired_size": {"type": "int"},
         "disk_size": {"type": "int", "default": 100},
+        "capacity_reservation_id": {"type": "str", "default": ""},
+        "capacity_reservation_preference": {"type": "str", "choices": PREFERENCES, "default": ""},
+        "placement_group": {"type": "str", "default": ""},
+        "placement_strategy": {"type": "str", "choices": STRATEGIES, "default": ""},
         "labels": {"type": "dict", "default": {}},
         "taints": {"type": "list", "elements": "dict", "default": [], "options": taint},
         "subnet_ids": texts,
@@ -497,14 +635,19 @@ def argument_spec() -> dict[str, Any]:
         "launch_template": {"type": "dict", "default": {}},
         "release_version": {"type": "str", "default": ""},
         "max_unavailable": {"type": "int", "default": 1},
+        "max_unavailable_percentage": {"type": "int"},
+        "node_repair": {"type": "bool", "default": False},
         "tags": {"type": "dict", "default": {}},
     }
     return {
         "cluster_name": {"type": "str", "required": True},
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         "node_groups": {"type": "list", "elements": "dict", "default": [], "options": group},
         "role_arn": {"type": "str", "default": ""},
         "subnet_ids": texts,
         "tags": {"type": "dict", "default": {}},
+        "kms_key_arn": {"type": "str", "default": "", "no_log": False},
+        "metadata_hop_limit": {"type": "int", "default": 2},
         "replace": {"type": "bool", "default": False},
         "force_upgrade": {"type": "bool", "default": False},
         "kubernetes_version": {"type": "str", "default": ""},

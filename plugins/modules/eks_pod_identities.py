@@ -73,62 +73,46 @@ actions:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, run
-from ansible.module_utils.rayplane_eks import ABSENT, require_cluster, resolve_role, retag
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run
+from ansible.module_utils.rayplane_eks import EksSet, concurrently, resolve_role, retag
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 Account = tuple[str, str]
 
 
-class PodIdentities:
+class PodIdentities(EksSet):
     """The pod identity associations of one cluster: what is there, what is wanted, and the calls between the two."""
-
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
-        self.params = params
-        self.api = api
-        self.changes = changes
-        self.cluster_name: str = params["cluster_name"]
-        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
 
     def reconcile(self) -> dict[str, Any]:
         """Bring the set to its description."""
-        cluster = require_cluster(self.api, self.changes, self.cluster_name)
-        have = self._observe() if cluster else {}
-        listed: set[Account] = set()
+        wanted: dict[Account, str] = {}
         for association in self.params["associations"]:
             account = (association["namespace"], association["service_account"])
-            if account in listed:
+            if account in wanted:
                 raise PlatformError(f"{_name(account)} is listed twice: a service account has one role")
-            listed.add(account)
-            role_arn = resolve_role(association["role_arn"], self.params["role_arns"])
+            wanted[account] = resolve_role(association["role_arn"], self.params["role_arns"])
+        have = self._observe()
+        for account, role_arn in wanted.items():
             self._reconcile_one(account, role_arn, have.get(account))
-        if self.params["purge"]:
-            for account, now in have.items():
-                if account not in listed and now.get("tags", {}).get(OWNER_TAG) == self.cluster_name:
-                    self.changes.delete(_name(account), {"role_arn": now["roleArn"]})
-                    self._write("delete_pod_identity_association", account, associationId=now["associationId"])
+        for account, now in self.unwanted(have, wanted).items():
+            self.changes.delete(_name(account), {"role_arn": now["roleArn"]})
+            self._write("delete_pod_identity_association", account, associationId=now["associationId"])
         return {}
 
     def _observe(self) -> dict[Account, dict[str, Any]]:
-        summaries = self.api.pages(
-            "list_pod_identity_associations",
-            "associations",
-            f"cluster {self.cluster_name}",
-            clusterName=self.cluster_name,
-        )
-        found: dict[Account, dict[str, Any]] = {}
-        for summary in summaries:
-            account = (summary["namespace"], summary["serviceAccount"])
-            answer = self.api.read(
+        summaries = self.list_all("list_pod_identity_associations", "associations")
+
+        def describe(summary: dict[str, Any]) -> dict[str, Any] | None:
+            found: dict[str, Any] | None = self.describe(
                 "describe_pod_identity_association",
-                _name(account),
-                absent=ABSENT,
-                clusterName=self.cluster_name,
+                "association",
+                _name((summary["namespace"], summary["serviceAccount"])),
                 associationId=summary["associationId"],
             )
-            if answer:
-                found[account] = answer["association"]
-        return found
+            return found
+
+        found = [association for association in concurrently(describe, summaries) if association]
+        return {(one["namespace"], one["serviceAccount"]): one for one in found}
 
     def _reconcile_one(self, account: Account, role_arn: str, now: dict[str, Any] | None) -> None:
         resource = _name(account)

@@ -92,6 +92,34 @@ def test_the_kind_of_an_entry_cannot_change() -> None:
         grant(fake, entry(type="EC2_LINUX", policies=[]))
 
 
+def test_entries_of_nodes_are_made_and_then_left_alone() -> None:
+    fake = FakeEntries()
+    node = "arn:aws:iam::1:role/node"
+    nodes = entry(principal_arn=node, type="EC2_LINUX", policies=[])
+    assert grant(fake, nodes).actions == [f"create access entry {node}"]
+    # EKS fills in what its nodes need.
+    fake.entries[node].update(username="system:node:{{EC2PrivateDNSName}}", kubernetesGroups=["system:nodes"])
+    assert grant(fake, nodes).actions == []
+    # Managed nodes use the same entry: without it they would leave the cluster.
+    assert grant(fake).actions == []
+
+
+def test_a_principal_named_twice_is_refused_before_anything_is_asked_for() -> None:
+    fake = FakeEntries()
+    with pytest.raises(PlatformError, match="listed twice"):
+        grant(fake, entry(), entry())
+    assert fake.client.calls == []
+
+
+def test_a_wrong_kind_is_refused_before_other_entries_are_made() -> None:
+    fake = FakeEntries()
+    grant(fake, entry(policies=[]))
+    fake.client.calls.clear()
+    with pytest.raises(PlatformError, match="cannot change it"):
+        grant(fake, entry(principal_arn="arn:aws:iam::1:role/new"), entry(type="EC2_LINUX"))
+    assert fake.client.writes() == []
+
+
 class FakeIdentities:
     """A cluster with pod identity associations."""
 

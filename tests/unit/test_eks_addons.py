@@ -151,3 +151,27 @@ def test_without_nodes_nothing_is_waited_for(clock: Clock) -> None:
 def test_a_role_nobody_knows_is_refused() -> None:
     with pytest.raises(PlatformError, match="'typo' is neither an ARN nor one of the roles made here: csi"):
         converge(FakeEks(), addon(pod_identities=[{"service_account": "a", "role_arn": "typo"}]))
+
+
+def test_a_name_given_twice_is_refused_before_anything_is_asked_for() -> None:
+    eks = FakeEks()
+    with pytest.raises(PlatformError, match="named twice: coredns"):
+        converge(eks, addon(), addon())
+    assert eks.client.calls == []
+
+
+def test_a_cluster_that_does_not_exist_is_told_from_other_troubles() -> None:
+    def missing(**_: Any) -> Any:
+        raise refusal("ResourceNotFoundException")
+
+    def denied(**_: Any) -> Any:
+        raise refusal("AccessDeniedException")
+
+    eks = FakeEks()
+    eks.client.handlers["list_addons"] = eks.client.handlers["describe_cluster"] = missing
+    assert converge(eks, addon(), check=True).actions == ["create add-on coredns"]
+    with pytest.raises(PlatformError, match="cluster c1 does not exist"):
+        converge(eks, addon())
+    eks.client.handlers["list_addons"] = denied
+    with pytest.raises(PlatformError, match="eks:ListAddons failed"):
+        converge(eks, addon(), check=True)

@@ -24,6 +24,9 @@ PARAMS = {
     "authentication_mode": "API",
     "creator_is_admin": True,
     "support_type": "",
+    "deletion_protection": False,
+    "zonal_shift": False,
+    "security_group_tags": {},
     "tags": {"Project": "rayplane"},
     "wait_timeout": 100,
 }
@@ -61,6 +64,13 @@ class FakeEks:
         }
         self.update_status = ["InProgress", "Successful"]
         self.groups: list[str] = []
+        self.nodes_version = "1.34"
+        self.group_tags: list[dict[str, str]] = []
+        self.ec2 = FakeClient(
+            "ec2",
+            describe_security_groups=lambda **_: {"SecurityGroups": [{"GroupId": "sg-1", "Tags": self.group_tags}]},
+            create_tags=lambda Tags, **_: self.group_tags.extend(Tags),
+        )
         self._polls: list[str] = []
         self.client = FakeClient(
             "eks",
@@ -72,7 +82,9 @@ class FakeEks:
             describe_update=self.describe_update,
             tag_resource=lambda **_: {},
             list_nodegroups=lambda **_: {"nodegroups": list(self.groups)},
-            describe_nodegroup=lambda **_: {"nodegroup": {"status": "ACTIVE"}},
+            describe_nodegroup=lambda nodegroupName, **_: {
+                "nodegroup": {"status": "ACTIVE", "nodegroupName": nodegroupName, "version": self.nodes_version}
+            },
             delete_nodegroup=lambda nodegroupName, **_: self.groups.remove(nodegroupName) or {},
             delete_cluster=self.delete_cluster,
         )
@@ -109,7 +121,9 @@ class FakeEks:
 
 def converge(eks: FakeEks, check: bool = False, **params: Any) -> tuple[dict[str, Any], Changes]:
     changes = Changes(check)
-    cluster = eks_cluster.Cluster({**PARAMS, **params}, Api(eks.client, changes), changes)
+    cluster = eks_cluster.Cluster(
+        {**PARAMS, **params}, Api(eks.client, changes), changes, lambda: Api(eks.ec2, changes)
+    )
     return (cluster.absent() if params.get("state") == "absent" else cluster.present()), changes
 
 
@@ -275,7 +289,7 @@ def test_a_refused_call_names_call_resource_reason_and_cure() -> None:
         converge(eks)
     assert str(caught.value) == (
         "eks:DescribeCluster failed for cluster c1: AccessDeniedException: not authorized."
-        " Cure: give the deploying principal this permission"
+        " Cure: give the deploying principal the permission eks:DescribeCluster"
     )
 
 
@@ -295,3 +309,44 @@ def test_deletion_in_check_mode_deletes_nothing() -> None:
     _, changes = converge(eks, check=True, state="absent")
     assert len(changes.actions) == 2
     assert eks.client.writes() == []
+
+
+def test_nothing_to_do_takes_one_call() -> None:
+    eks = FakeEks()
+    converge(eks)
+    assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
+    assert eks.ec2.calls == []
+
+
+def test_nodes_left_behind_by_an_earlier_upgrade_hold_the_next_one() -> None:
+    eks = FakeEks(version="1.33")
+    eks.groups, eks.nodes_version = ["gpu"], "1.31"
+    with pytest.raises(PlatformError, match=r'node group gpu 1.31\).*deploy "1.34" first, nodes included'):
+        converge(eks, version="1.35")
+    assert eks.client.writes() == []
+    converge(eks, version="1.34")
+
+
+def test_protection_and_zonal_shift_are_kept_and_protection_holds_a_deletion() -> None:
+    eks = FakeEks()
+    _, changes = converge(eks, deletion_protection=True, zonal_shift=True)
+    assert changes.actions == [
+        "update cluster c1: zonal_shift: False -> True",
+        "update cluster c1: deletion_protection: False -> True",
+    ]
+    eks = FakeEks(deletionProtection=True)
+    eks.groups = ["gpu"]
+    with pytest.raises(PlatformError, match="nothing was deleted: set eks_deletion_protection"):
+        converge(eks, state="absent")
+    assert eks.client.writes() == []
+
+
+def test_the_security_group_is_tagged_for_discovery_and_predicted() -> None:
+    tags = {"karpenter.sh/discovery": "c1"}
+    eks = FakeEks()
+    said = ["update security group of cluster c1: tag karpenter.sh/discovery: absent -> c1"]
+    assert converge(eks, security_group_tags=tags)[1].actions == said
+    assert eks.group_tags == [{"Key": "karpenter.sh/discovery", "Value": "c1"}]
+    assert converge(eks, security_group_tags=tags)[1].actions == []
+    eks.cluster = None
+    assert converge(eks, check=True, security_group_tags=tags)[1].actions == ["create cluster c1", *said]

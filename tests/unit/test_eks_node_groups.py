@@ -6,6 +6,7 @@ from typing import Any
 import eks_node_groups
 import pytest
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible.module_utils.rayplane_eks import image_problem
 from aws_fake import Clock, FakeClient, refusal
 
 GROUP = {
@@ -22,14 +23,86 @@ GROUP = {
     "subnet_ids": [],
     "role_arn": "",
     "launch_template": {},
+    "capacity_reservation_id": "",
+    "capacity_reservation_preference": "",
+    "placement_group": "",
+    "placement_strategy": "",
     "release_version": "",
     "max_unavailable": 1,
+    "max_unavailable_percentage": None,
+    "node_repair": False,
     "tags": {},
 }
 
 
 def group(**changes: Any) -> dict[str, Any]:
     return {**GROUP, **changes}
+
+
+class FakeEc2:
+    """Launch templates, whose versions never change, and placement groups."""
+
+    def __init__(self) -> None:
+        self.templates: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, list[dict[str, Any]]] = {}
+        self.placements: dict[str, dict[str, Any]] = {}
+        self.client = FakeClient(
+            "ec2",
+            describe_launch_templates=lambda Filters: {"LaunchTemplates": self._find(self.templates, Filters)},
+            create_launch_template=self.create,
+            describe_launch_template_versions=lambda LaunchTemplateId, Versions: {
+                "LaunchTemplateVersions": [
+                    {"LaunchTemplateData": self.versions[LaunchTemplateId][int(one) - 1]} for one in Versions
+                ]
+            },
+            create_launch_template_version=self.create_version,
+            delete_launch_template=self.delete_template,
+            describe_placement_groups=lambda Filters: {"PlacementGroups": self._find(self.placements, Filters)},
+            create_placement_group=self.create_placement_group,
+            delete_placement_group=self.delete_placement_group,
+            create_tags=self.create_tags,
+        )
+
+    def named(self, number: str) -> dict[str, str]:
+        return {"name": self.templates[number]["LaunchTemplateName"]} if number in self.templates else {}
+
+    def create(self, LaunchTemplateName: str, LaunchTemplateData: Any, TagSpecifications: Any) -> Any:
+        number = f"lt-{len(self.versions)}"
+        self.templates[number] = {
+            "LaunchTemplateId": number,
+            "LaunchTemplateName": LaunchTemplateName,
+            "LatestVersionNumber": 1,
+            "Tags": TagSpecifications[0]["Tags"],
+        }
+        self.versions[number] = [LaunchTemplateData]
+        return {"LaunchTemplate": self.templates[number]}
+
+    def create_version(self, LaunchTemplateId: str, LaunchTemplateData: Any) -> Any:
+        self.versions[LaunchTemplateId].append(LaunchTemplateData)
+        self.templates[LaunchTemplateId]["LatestVersionNumber"] += 1
+        return {"LaunchTemplateVersion": {"VersionNumber": len(self.versions[LaunchTemplateId])}}
+
+    def create_placement_group(self, GroupName: str, Strategy: str, TagSpecifications: Any) -> Any:
+        tags = TagSpecifications[0]["Tags"]
+        self.placements[GroupName] = {"GroupName": GroupName, "GroupId": "pg", "Strategy": Strategy, "Tags": tags}
+
+    def delete_template(self, LaunchTemplateId: str) -> None:
+        del self.templates[LaunchTemplateId]
+
+    def delete_placement_group(self, GroupName: str) -> None:
+        del self.placements[GroupName]
+
+    def create_tags(self, Resources: list[str], Tags: Any) -> None:
+        self.templates[Resources[0]]["Tags"] = Tags
+
+    @staticmethod
+    def _find(things: dict[str, Any], filters: Any) -> list[Any]:
+        ((key, values),) = [(one["Name"], one["Values"]) for one in filters]
+        if key.startswith("tag:"):
+            wanted = {"Key": key.removeprefix("tag:"), "Value": values[0]}
+            return [thing for thing in things.values() if wanted in thing["Tags"]]
+        names = ("LaunchTemplateName", "GroupName")
+        return [thing for thing in things.values() if any(thing.get(name) in values for name in names)]
 
 
 class FakeEks:
@@ -39,15 +112,16 @@ class FakeEks:
         self.version = "1.34"
         self.exists = True
         self.groups = {one["nodegroupName"]: one for one in groups}
+        self.ec2 = FakeEc2()
         self.client = FakeClient(
             "eks",
             describe_cluster=self.describe_cluster,
-            list_nodegroups=lambda **_: {"nodegroups": list(self.groups)},
+            list_nodegroups=self.list_nodegroups,
             describe_nodegroup=self.describe_nodegroup,
             create_nodegroup=self.create_nodegroup,
             delete_nodegroup=lambda nodegroupName, **_: self.groups.pop(nodegroupName),
             update_nodegroup_config=lambda **_: {"update": {"id": "u1"}},
-            update_nodegroup_version=lambda **_: {"update": {"id": "u1"}},
+            update_nodegroup_version=self.update_nodegroup_version,
             describe_update=lambda **_: {"update": {"status": "Successful", "type": "ConfigUpdate"}},
             tag_resource=lambda **_: {},
         )
@@ -62,7 +136,18 @@ class FakeEks:
             raise refusal("ResourceNotFoundException")
         return {"nodegroup": self.groups[nodegroupName]}
 
+    def list_nodegroups(self, **_: Any) -> Any:
+        self.describe_cluster("c1")
+        return {"nodegroups": list(self.groups)}
+
+    def update_nodegroup_version(self, nodegroupName: str, launchTemplate: Any = None, **_: Any) -> Any:
+        if launchTemplate:
+            self.groups[nodegroupName]["launchTemplate"] = {**self.ec2.named(launchTemplate["id"]), **launchTemplate}
+        return {"update": {"id": "u1"}}
+
     def create_nodegroup(self, **given: Any) -> Any:
+        assert "diskSize" not in given
+        given["launchTemplate"] = {**self.ec2.named(given["launchTemplate"]["id"]), **given["launchTemplate"]}
         self.groups[given["nodegroupName"]] = {
             **given,
             "nodegroupArn": "arn:ng",
@@ -80,6 +165,8 @@ def converge(eks: FakeEks, *groups: dict[str, Any], check: bool = False, **param
         "role_arn": "arn:node",
         "subnet_ids": ["subnet-b", "subnet-a"],
         "tags": {},
+        "kms_key_arn": "",
+        "metadata_hop_limit": 2,
         "replace": False,
         "force_upgrade": False,
         "purge": True,
@@ -87,7 +174,8 @@ def converge(eks: FakeEks, *groups: dict[str, Any], check: bool = False, **param
         "wait_timeout": 60,
         **params,
     }
-    eks_node_groups.NodeGroups(given, Api(eks.client, changes), changes).reconcile()
+    reconciler = eks_node_groups.NodeGroups(given, Api(eks.client, changes), changes, Api(eks.ec2.client, changes))
+    reconciler.absent() if params.get("state") == "absent" else reconciler.present()
     return changes
 
 
@@ -102,6 +190,7 @@ def eks() -> FakeEks:
     fake = FakeEks()
     converge(fake, GROUP)
     fake.client.calls.clear()
+    fake.ec2.client.calls.clear()
     return fake
 
 
@@ -114,7 +203,8 @@ def test_a_new_group_is_asked_for_as_described() -> None:
     assert given["scalingConfig"] == {"minSize": 1, "maxSize": 10, "desiredSize": 2}
     assert given["taints"] == [{"key": "nvidia.com/gpu", "value": "present", "effect": "NO_SCHEDULE"}]
     assert given["subnets"] == ["subnet-a", "subnet-b"]
-    assert changes.actions == ["create node group gpu"]
+    assert given["labels"] == {"rayplane.io/pool": "gpu", "rayplane.io/accelerator": "nvidia"}
+    assert changes.actions == ["create launch template c1-gpu", "create node group gpu"]
 
 
 def test_groups_are_asked_for_together_before_any_wait() -> None:
@@ -128,8 +218,10 @@ def test_groups_are_asked_for_together_before_any_wait() -> None:
 def test_check_mode_predicts_on_a_cluster_that_does_not_exist() -> None:
     fake = FakeEks()
     fake.exists = False
-    assert converge(fake, GROUP, check=True, role_arn="<new role>").actions == ["create node group gpu"]
+    said = ["create launch template c1-gpu", "create node group gpu"]
+    assert converge(fake, GROUP, check=True, role_arn="<new role>").actions == said
     assert fake.client.writes() == []
+    assert fake.ec2.client.writes() == []
     with pytest.raises(PlatformError, match="cluster c1 does not exist"):
         converge(fake, GROUP)
 
@@ -137,6 +229,7 @@ def test_check_mode_predicts_on_a_cluster_that_does_not_exist() -> None:
 def test_second_run_changes_nothing(eks: FakeEks) -> None:
     assert converge(eks, GROUP).actions == []
     assert eks.client.writes() == []
+    assert eks.ec2.client.writes() == []
 
 
 def test_the_desired_size_is_the_autoscalers(eks: FakeEks) -> None:
@@ -166,8 +259,8 @@ def test_labels_and_taints_are_taken_away_too(eks: FakeEks) -> None:
     [
         {"instance_types": ["g5.xlarge"]},
         {"capacity_type": "SPOT"},
-        {"disk_size": 50},
-        {"ami_type": "BOTTLEROCKET_x86_64"},
+        {"ami_type": "BOTTLEROCKET_x86_64_NVIDIA"},
+        {"launch_template": {"id": "lt-other", "version": "1"}},
     ],
 )
 def test_a_fixed_property_is_refused_before_anything_changes(eks: FakeEks, change: dict[str, Any]) -> None:
@@ -189,7 +282,12 @@ def test_a_group_that_failed_at_birth_is_made_anew(eks: FakeEks) -> None:
 
 def test_only_own_groups_are_purged(eks: FakeEks) -> None:
     eks.groups["foreign"] = {**eks.groups["gpu"], "nodegroupName": "foreign", "tags": {}}
-    assert converge(eks, group(name="other")).actions == ["delete node group gpu", "create node group other"]
+    assert converge(eks, group(name="other")).actions == [
+        "delete node group gpu",
+        "create launch template c1-other",
+        "create node group other",
+        "delete launch template c1-gpu",
+    ]
     assert "foreign" in eks.groups
 
 
@@ -230,3 +328,214 @@ def test_a_degraded_group_is_reported(eks: FakeEks) -> None:
     eks.groups["gpu"]["status"] = "DEGRADED"
     eks.groups["gpu"]["health"] = {"issues": [{"code": "AsgInstanceLaunchFailures", "message": "no capacity"}]}
     assert "no capacity" in converge(eks, GROUP).warnings[0]
+
+
+def data_of(eks: FakeEks, version: int = 1) -> dict[str, Any]:
+    return eks.ec2.versions["lt-0"][version - 1]
+
+
+def test_the_template_holds_what_eks_has_no_setting_for(eks: FakeEks) -> None:
+    data = data_of(eks)
+    assert data["BlockDeviceMappings"] == [
+        {
+            "DeviceName": "/dev/xvda",
+            "Ebs": {"VolumeSize": 200, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True},
+        }
+    ]
+    assert data["MetadataOptions"] == {
+        "HttpEndpoint": "enabled",
+        "HttpTokens": "required",
+        "HttpPutResponseHopLimit": 2,
+    }
+    assert {one["ResourceType"] for one in data["TagSpecifications"]} == {"instance", "network-interface", "volume"}
+    assert {"Key": "Name", "Value": "c1-gpu"} in data["TagSpecifications"][0]["Tags"]
+    # What EKS keeps itself must not stand in a template.
+    assert not {"InstanceType", "ImageId", "IamInstanceProfile", "NetworkInterfaces"} & set(data)
+    assert "Placement" not in data
+
+
+def test_bottlerocket_keeps_images_on_its_second_disk() -> None:
+    fake = FakeEks()
+    converge(fake, group(ami_type="BOTTLEROCKET_x86_64_NVIDIA"), kms_key_arn="arn:key")
+    system, images = data_of(fake)["BlockDeviceMappings"]
+    assert (system["DeviceName"], images["DeviceName"], images["Ebs"]["VolumeSize"]) == ("/dev/xvda", "/dev/xvdb", 200)
+    assert "VolumeSize" not in system["Ebs"]
+    assert [disk["Ebs"]["KmsKeyId"] for disk in (system, images)] == ["arn:key", "arn:key"]
+    assert fake.groups["gpu"]["labels"]["rayplane.io/device-plugin"] == "image"
+
+
+def test_a_changed_setting_makes_one_version_and_rolls_the_group(eks: FakeEks) -> None:
+    wanted = group(disk_size=300)
+    predicted = converge(eks, wanted, check=True).actions
+    assert eks.ec2.client.writes() == []
+    assert converge(eks, wanted).actions == predicted
+    assert predicted[0].startswith("update launch template c1-gpu: disk /dev/xvda: {'size': 200")
+    assert predicted[1:] == ["update node group gpu: launch_template_version: 1 -> 2"]
+    ((operation, given),) = eks.client.writes()
+    assert (operation, given["launchTemplate"]) == ("update_nodegroup_version", {"id": "lt-0", "version": "2"})
+    assert converge(eks, wanted).actions == []
+    assert len(eks.ec2.versions["lt-0"]) == 2
+
+
+def test_a_version_that_an_interrupted_run_made_is_used(eks: FakeEks) -> None:
+    def broken(**_: Any) -> Any:
+        raise refusal("ServerException")
+
+    working, eks.client.handlers["update_nodegroup_version"] = eks.update_nodegroup_version, broken
+    with pytest.raises(PlatformError):
+        converge(eks, group(disk_size=300))
+    eks.client.handlers["update_nodegroup_version"] = working
+    converge(eks, group(disk_size=300))
+    assert len(eks.ec2.versions["lt-0"]) == 2
+    assert eks.groups["gpu"]["launchTemplate"]["version"] == "2"
+
+
+def test_a_version_made_by_hand_is_rolled_back_by_property(eks: FakeEks) -> None:
+    eks.ec2.create_version("lt-0", {**data_of(eks), "MetadataOptions": {"HttpTokens": "optional"}})
+    eks.groups["gpu"]["launchTemplate"]["version"] = "2"
+    assert converge(eks, GROUP).actions == [
+        "update launch template c1-gpu: metadata_tokens: optional -> required",
+        "update launch template c1-gpu: metadata_hop_limit: absent -> 2",
+        "update node group gpu: launch_template_version: 2 -> 3",
+    ]
+
+
+def test_a_template_that_lost_its_tags_is_found_and_tagged_again(eks: FakeEks) -> None:
+    eks.ec2.templates["lt-0"]["Tags"] = []
+    said = converge(eks, GROUP).actions
+    assert said == [
+        "update launch template c1-gpu: tag rayplane.io/cluster: absent -> c1",
+        "update launch template c1-gpu: tag rayplane.io/node-group: absent -> gpu",
+    ]
+
+
+def test_another_clusters_template_is_not_taken() -> None:
+    fake = FakeEks()
+    tags = [{"Key": "rayplane.io/cluster", "Value": "c2"}]
+    fake.ec2.create("c1-gpu", {}, [{"Tags": tags}])
+    with pytest.raises(PlatformError, match="belongs to cluster c2"):
+        converge(fake, GROUP)
+    assert fake.client.writes() == []
+
+
+def test_a_template_that_is_gone_cannot_be_given_back(eks: FakeEks) -> None:
+    eks.ec2.templates.clear()
+    with pytest.raises(PlatformError, match=r"launchTemplate c1-gpu \(which is gone\)"):
+        converge(eks, GROUP)
+    fixed = converge(eks, GROUP, replace=True).actions
+    assert fixed == ["delete node group gpu", "create launch template c1-gpu", "create node group gpu"]
+
+
+def test_karpenters_templates_are_left_alone(eks: FakeEks) -> None:
+    tags = [{"Key": "rayplane.io/cluster", "Value": "c1"}]
+    eks.ec2.create("karpenter.k8s.aws/1", {}, [{"Tags": tags}])
+    assert converge(eks, GROUP).actions == []
+
+
+def test_a_template_of_ones_own_is_used_as_it_is() -> None:
+    fake = FakeEks()
+    converge(fake, group(ami_type="CUSTOM", launch_template={"id": "lt-mine", "version": "7"}))
+    ((_, given),) = fake.client.writes()
+    assert given["launchTemplate"] == {"id": "lt-mine", "version": "7"}
+    assert "amiType" not in given
+    assert fake.ec2.templates == {}
+
+
+def test_a_placement_group_is_made_tagged_used_and_removed() -> None:
+    fake = FakeEks()
+    wanted = group(placement_strategy="cluster")
+    said = ["create placement group c1-gpu", "create launch template c1-gpu", "create node group gpu"]
+    assert converge(fake, wanted, check=True).actions == said
+    assert converge(fake, wanted).actions == said
+    assert data_of(fake)["Placement"] == {"GroupName": "c1-gpu"}
+    # Close together is in one zone.
+    assert fake.groups["gpu"]["subnets"] == ["subnet-b"]
+    assert converge(fake, wanted).actions == []
+    fake.groups.clear()
+    assert converge(fake, state="absent").actions == ["delete launch template c1-gpu", "delete placement group c1-gpu"]
+    assert converge(fake, state="absent").actions == []
+
+
+def test_a_capacity_block_has_its_type_in_the_template() -> None:
+    fake = FakeEks()
+    converge(
+        fake, group(capacity_type="CAPACITY_BLOCK", capacity_reservation_id="cr-1", instance_types=["p5.48xlarge"])
+    )
+    data = data_of(fake)
+    assert data["InstanceType"] == "p5.48xlarge"
+    assert data["InstanceMarketOptions"] == {"MarketType": "capacity-block"}
+    assert data["CapacityReservationSpecification"] == {"CapacityReservationTarget": {"CapacityReservationId": "cr-1"}}
+    assert "instanceTypes" not in fake.groups["gpu"]
+
+
+def test_update_limits_and_repair_are_kept(eks: FakeEks) -> None:
+    assert converge(eks, group(max_unavailable_percentage=33, node_repair=True)).actions == [
+        "update node group gpu: update_limit: {'maxUnavailable': 1} -> {'maxUnavailablePercentage': 33}",
+        "update node group gpu: node_repair: False -> True",
+    ]
+    ((_, given),) = eks.client.writes()
+    assert given["updateConfig"] == {"maxUnavailablePercentage": 33}
+    assert given["nodeRepairConfig"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"instance_types": ["g5g.xlarge"]}, "g5g.xlarge is ARM_64. Cure: set ami_type AL2023_ARM_64_NVIDIA"),
+        ({"instance_types": ["g5.xlarge", "m7g.large"]}, "m7g.large is ARM_64"),
+        ({"instance_types": ["m5.large"]}, "has no accelerator"),
+        ({"instance_types": ["inf2.xlarge"]}, "Cure: set ami_type AL2023_x86_64_NEURON"),
+        ({"ami_type": "AL2023_x86_64_STANDARD"}, "Cure: set ami_type AL2023_x86_64_NVIDIA"),
+        ({"ami_type": "BOTTLEROCKET_x86_64"}, "Cure: set ami_type BOTTLEROCKET_x86_64_NVIDIA"),
+        ({"ami_type": "AL2023_x86_64_NEURON"}, "the image drives neuron"),
+        ({"ami_type": "AL2_x86_64_GPU"}, "gets no releases any more"),
+        ({"ami_type": "WINDOWS_CORE_2022_x86_64"}, "runs no Ray"),
+        ({"ami_type": "AL2024"}, "is not one of"),
+        ({"ami_type": "CUSTOM"}, "takes its image from launch_template"),
+        ({"instance_types": []}, "name at least one"),
+        ({"instance_types": ["large"]}, "is not the name of an instance type"),
+        ({"launch_template": {"version": "1"}}, "has neither id nor name"),
+        ({"launch_template": {"id": "lt-1"}, "placement_group": "pg"}, "set them there"),
+        ({"max_unavailable_percentage": 0}, "between 1 and 100"),
+        ({"capacity_type": "CAPACITY_BLOCK"}, "needs capacity_reservation_id"),
+        (
+            {
+                "capacity_type": "CAPACITY_BLOCK",
+                "capacity_reservation_id": "cr-1",
+                "instance_types": ["p5.48xlarge", "p5e.48xlarge"],
+            },
+            "one type",
+        ),
+        ({"capacity_type": "SPOT", "capacity_reservation_id": "cr-1"}, "spot nodes do not run in reservations"),
+        (
+            {"capacity_reservation_id": "cr-1", "capacity_reservation_preference": "open"},
+            "exclude each other",
+        ),
+        ({"placement_group": "mine", "placement_strategy": "spread"}, "keep one of them"),
+        ({"placement_strategy": "cluster", "subnet_ids": ["a", "b"]}, "stays in one zone"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_asked_for(change: dict[str, Any], reason: str) -> None:
+    fake = FakeEks()
+    with pytest.raises(PlatformError, match=reason.replace("(", r"\(")):
+        converge(fake, group(name="fine"), group(**change))
+    assert fake.client.calls == []
+
+
+@pytest.mark.parametrize(
+    ("image", "types"),
+    [
+        ("AL2023_x86_64_STANDARD", ["m5.2xlarge", "c7i-flex.large", "t3.medium", "g4ad.xlarge", "dl1.24xlarge"]),
+        (
+            "AL2023_ARM_64_STANDARD",
+            ["m7g.2xlarge", "c7gn.large", "a1.large", "t4g.small", "im4gn.large", "is4gen.large"],
+        ),
+        ("AL2023_x86_64_NVIDIA", ["g4dn.xlarge", "g6e.xlarge", "gr6.4xlarge", "p4de.24xlarge", "p6-b200.48xlarge"]),
+        ("AL2023_ARM_64_NVIDIA", ["g5g.xlarge", "p6e-gb200.36xlarge"]),
+        ("AL2023_x86_64_NEURON", ["inf2.xlarge", "trn1n.32xlarge", "trn2.48xlarge"]),
+        ("BOTTLEROCKET_x86_64_NVIDIA_FIPS", ["g5.xlarge"]),
+        ("BOTTLEROCKET_ARM_64", ["r8g.large"]),
+    ],
+)
+def test_images_fit_their_families(image: str, types: list[str]) -> None:
+    assert image_problem(image, types) == ""

@@ -1,0 +1,267 @@
+"""KMS keys: made once, found by alias or tags, restored, repaired, and kept while they encrypt something."""
+
+# ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
+import json
+from typing import Any
+
+import aws_kms_keys
+import pytest
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from aws_fake import Clock, FakeClient, refusal
+
+Json = dict[str, Any]
+ACCOUNT = "111122223333"
+
+
+class FakeAccount:
+    """KMS and what the module asks besides: STS, IAM, S3 and EFS."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, Json] = {}
+        self.aliases: dict[str, str] = {}
+        self.scaling_role = False
+        self.unknown_role_answers = 0
+        self.encrypted: dict[str, str] = {}
+        self.systems: list[Json] = []
+        kms = FakeClient(
+            "kms",
+            describe_key=self.describe,
+            list_resource_tags=lambda KeyId, **_: {"Tags": self.keys[KeyId]["tags"]},
+            list_keys=lambda: {"Keys": [{"KeyId": key_id} for key_id in self.keys]},
+            get_key_policy=lambda KeyId, **_: {"Policy": self.keys[KeyId]["policy"]},
+            put_key_policy=lambda KeyId, Policy, **_: self.keys[KeyId].update(policy=Policy),
+            get_key_rotation_status=lambda KeyId: self.keys[KeyId]["rotation"],
+            enable_key_rotation=lambda KeyId, RotationPeriodInDays: self.keys[KeyId].update(
+                rotation={"KeyRotationEnabled": True, "RotationPeriodInDays": RotationPeriodInDays}
+            ),
+            disable_key_rotation=lambda KeyId: self.keys[KeyId].update(rotation={"KeyRotationEnabled": False}),
+            update_key_description=lambda KeyId, Description: self.keys[KeyId]["meta"].update(Description=Description),
+            tag_resource=self.tag,
+            create_key=self.create,
+            create_alias=self.create_alias,
+            update_alias=lambda AliasName, TargetKeyId: self.aliases.update({AliasName: TargetKeyId}),
+            delete_alias=lambda AliasName: {"gone": self.aliases.pop(AliasName)},
+            cancel_key_deletion=lambda KeyId: self.keys[KeyId]["meta"].update(KeyState="Disabled"),
+            enable_key=self.enable,
+            schedule_key_deletion=lambda KeyId, **_: self.keys[KeyId]["meta"].update(KeyState="PendingDeletion"),
+        )
+        self.clients = {
+            "kms": kms,
+            "sts": FakeClient("sts", get_caller_identity=lambda: {"Account": ACCOUNT}),
+            "iam": FakeClient("iam", list_roles=self.roles, create_service_linked_role=self.make_role),
+            "s3": FakeClient("s3", get_bucket_encryption=self.encryption),
+            "efs": FakeClient("efs", describe_file_systems=lambda: {"FileSystems": self.systems}),
+        }
+
+    def describe(self, KeyId: str) -> Json:
+        key_id = self.aliases.get(KeyId, KeyId)
+        if key_id not in self.keys:
+            raise refusal("NotFoundException")
+        return {"KeyMetadata": dict(self.keys[key_id]["meta"])}
+
+    def create(self, Description: str, Policy: str, Tags: list[Json]) -> Json:
+        if not self.scaling_role and "AWSServiceRoleForAutoScaling" in Policy:
+            raise refusal("MalformedPolicyDocumentException")
+        if self.unknown_role_answers:
+            self.unknown_role_answers -= 1
+            raise refusal("MalformedPolicyDocumentException")
+        key_id = f"k{len(self.keys) + 1}"
+        arn = f"arn:aws:kms:us-west-2:{ACCOUNT}:key/{key_id}"
+        meta = {"KeyId": key_id, "Arn": arn, "KeyState": "Enabled", "Description": Description}
+        meta |= {"CreationDate": len(self.keys), "KeyManager": "CUSTOMER"}
+        self.keys[key_id] = {
+            "meta": meta,
+            "policy": Policy,
+            "tags": Tags,
+            "rotation": {"KeyRotationEnabled": False},
+        }
+        return {"KeyMetadata": dict(meta)}
+
+    def create_alias(self, AliasName: str, TargetKeyId: str) -> None:
+        assert AliasName not in self.aliases
+        self.aliases[AliasName] = TargetKeyId
+
+    def enable(self, KeyId: str) -> None:
+        assert self.keys[KeyId]["meta"]["KeyState"] == "Disabled"
+        self.keys[KeyId]["meta"]["KeyState"] = "Enabled"
+
+    def tag(self, KeyId: str, Tags: list[Json]) -> None:
+        names = {tag["TagKey"] for tag in Tags}
+        self.keys[KeyId]["tags"] = [tag for tag in self.keys[KeyId]["tags"] if tag["TagKey"] not in names] + Tags
+
+    def roles(self, PathPrefix: str) -> Json:
+        assert PathPrefix == "/aws-service-role/autoscaling.amazonaws.com/"
+        return {"Roles": [{"RoleName": "AWSServiceRoleForAutoScaling"}] if self.scaling_role else []}
+
+    def make_role(self, AWSServiceName: str) -> None:
+        self.scaling_role = True
+
+    def encryption(self, Bucket: str) -> Json:
+        if Bucket not in self.encrypted:
+            raise refusal("NoSuchBucket")
+        default = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": self.encrypted[Bucket]}
+        return {"ServerSideEncryptionConfiguration": {"Rules": [{"ApplyServerSideEncryptionByDefault": default}]}}
+
+    def writes(self) -> list[str]:
+        return [name for name, _ in self.clients["kms"].writes()]
+
+
+def keys(account: FakeAccount, check: bool = False, **options: Any) -> tuple[aws_kms_keys.Keys, Changes]:
+    changes = Changes(check)
+    plain = {"alias": "c1", "description": "d", "rotation": True, "rotation_days": 365, "policy_statements": []}
+    params = {
+        "cluster_name": "c1",
+        "keys": [{**plain, "users": ["logs", "autoscaling", "ebs"], **options}],
+        "tags": {"Team": "x"},
+        "pending_days": 30,
+        "keep_for_buckets": ["c1-models"],
+    }
+    return aws_kms_keys.Keys(
+        params, "us-west-2", lambda service: Api(account.clients[service], changes), changes
+    ), changes
+
+
+def made() -> FakeAccount:
+    account = FakeAccount()
+    keys(account)[0].present()
+    for client in account.clients.values():
+        client.calls.clear()
+    return account
+
+
+def test_a_key_is_predicted_made_and_left_alone() -> None:
+    account = FakeAccount()
+    one, changes = keys(account, check=True)
+    assert one.present() == {"arns": {"c1": "<new KMS key alias/c1>"}}
+    predicted = changes.actions
+    assert account.keys == {}
+    one, changes = keys(account)
+    assert one.present() == {"arns": {"c1": f"arn:aws:kms:us-west-2:{ACCOUNT}:key/k1"}}
+    assert changes.actions == predicted == ["create role AWSServiceRoleForAutoScaling", "create KMS key c1"]
+    assert account.aliases == {"alias/c1": "k1"}
+    assert account.keys["k1"]["rotation"]["KeyRotationEnabled"] is True
+    account.clients["kms"].calls.clear()
+    one, changes = keys(account)
+    one.present()
+    assert changes.actions == []
+    assert [name for name, _ in account.clients["kms"].calls] == [
+        *("describe_key", "list_resource_tags", "get_key_policy", "get_key_rotation_status")
+    ]
+
+
+def test_a_role_made_a_moment_ago_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    account = FakeAccount()
+    account.unknown_role_answers = 2
+    keys(account)[0].present()
+    assert list(account.keys) == ["k1"]
+
+
+def test_the_policy_lets_in_whom_it_names_and_no_others() -> None:
+    account = made()
+    policy = json.loads(account.keys["k1"]["policy"])
+    statements = {one["Sid"]: one for one in policy["Statement"]}
+    assert list(statements) == ["Administrators", "CloudWatchLogs", "AutoScaling", "AutoScalingDisks", "Volumes"]
+    assert statements["Administrators"]["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:root"}
+    assert statements["Volumes"]["Condition"]["StringEquals"]["kms:CallerAccount"] == ACCOUNT
+    assert statements["CloudWatchLogs"]["Principal"] == {"Service": "logs.us-west-2.amazonaws.com"}
+
+
+def retag(account: FakeAccount, key_id: str, tags: Json) -> None:
+    account.keys[key_id]["tags"] = [{"TagKey": key, "TagValue": value} for key, value in tags.items()]
+
+
+def test_every_property_is_told_and_repaired() -> None:
+    account = made()
+    key = account.keys["k1"]
+    key["meta"] |= {"KeyState": "Disabled", "Description": "?"}
+    key["rotation"] = {"KeyRotationEnabled": False}
+    policy = json.loads(key["policy"])
+    del policy["Statement"][1]
+    policy["Statement"].append({"Sid": "Stray", "Effect": "Allow", "Principal": "*", "Action": "*", "Resource": "*"})
+    key["policy"] = json.dumps(policy)
+    key["tags"] = [tag for tag in key["tags"] if tag["TagKey"] != "Team"]
+    account.aliases = {}
+    one, changes = keys(account)
+    one.present()
+    assert [action.split(" -> ")[0].removeprefix("update KMS key c1: ")[:22] for action in changes.actions] == [
+        "state: Disabled",
+        "policy Stray: {'Action",
+        "policy CloudWatchLogs:",
+        "description: ?",
+        "rotation: off",
+        "tag Team: absent",
+        "alias points to: absen",
+    ]
+    one, changes = keys(account)
+    one.present()
+    assert changes.actions == []
+
+
+def test_an_alias_that_points_elsewhere_comes_back() -> None:
+    account = made()
+    account.create("other", "{}", [])
+    account.aliases["alias/c1"] = "k2"
+    one, changes = keys(account)
+    one.present()
+    assert changes.actions == ["update KMS key c1: alias points to: k2 -> k1"]
+    assert account.aliases == {"alias/c1": "k1"}
+
+
+def test_an_interrupted_creation_is_continued() -> None:
+    account = made()
+    account.aliases = {}
+    account.keys["k1"]["rotation"] = {"KeyRotationEnabled": False}
+    keys(account)[0].present()
+    assert list(account.keys) == ["k1"]
+    assert account.aliases == {"alias/c1": "k1"}
+
+
+def test_a_key_of_somebody_else_is_refused() -> None:
+    account = made()
+    retag(account, "k1", {"rayplane.io/cluster": "c2"})
+    with pytest.raises(PlatformError, match="belongs to cluster c2: choose another alias"):
+        keys(account)[0].present()
+    one, changes = keys(account)
+    assert one.absent() == {"kept": []}
+    assert changes.actions == []
+
+
+def test_a_destroyed_key_is_restored_and_not_doubled() -> None:
+    account = made()
+    one, changes = keys(account)
+    assert one.absent() == {"kept": []}
+    assert changes.actions == ["delete alias c1", "delete KMS key c1"]
+    one, changes = keys(account)
+    one.absent()
+    assert changes.actions == []
+    one, changes = keys(account)
+    one.present()
+    assert changes.actions == [
+        "update KMS key c1: state: PendingDeletion -> Enabled",
+        "update KMS key c1: alias points to: absent -> k1",
+    ]
+    assert list(account.keys) == ["k1"]
+
+
+def test_a_key_that_encrypts_what_was_kept_is_kept() -> None:
+    account = made()
+    arn = account.keys["k1"]["meta"]["Arn"]
+    account.encrypted = {"c1-models": arn}
+    account.systems = [{"FileSystemId": "fs-1", "KmsKeyId": arn}, {"FileSystemId": "fs-2", "KmsKeyId": "other"}]
+    one, changes = keys(account)
+    assert one.absent() == {"kept": ["c1"]}
+    assert changes.actions == []
+    assert "bucket c1-models, file system fs-1;" in changes.warnings[0]
+    account.encrypted, account.systems = {"c1-models": "another"}, []
+    assert keys(account)[0].absent() == {"kept": []}
+
+
+def test_numbers_that_kms_refuses_are_refused() -> None:
+    account = FakeAccount()
+    with pytest.raises(PlatformError, match="rotates keys every 90 to 2560 days"):
+        keys(account, rotation_days=30)[0].present()
+    one, _ = keys(account)
+    one.params["pending_days"] = 3
+    with pytest.raises(PlatformError, match="after 7 to 30 days"):
+        one.absent()
