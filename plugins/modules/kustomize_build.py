@@ -70,14 +70,11 @@ crds:
 
 import hashlib
 import json
-import subprocess
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import load_yaml
-
-Json = dict[str, Any]
+from ansible.module_utils.rayplane_build import CLUSTER_SCOPED, BuildError, Json, cached, names, parse, run_builder
 
 
 def source_state(source: str) -> str:
@@ -92,7 +89,7 @@ def source_state(source: str) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def fit(objects: list[Json], namespace: str, deployment: Json, cluster_scoped: set[str]) -> list[Json]:
+def fit(objects: list[Json], namespace: str, deployment: Json, cluster_scoped: AbstractSet[str]) -> list[Json]:
     """Put the objects into ``namespace`` and lay ``deployment`` over the Deployments."""
     for item in objects:
         if item["kind"] not in cluster_scoped:
@@ -124,17 +121,6 @@ def _fit_deployment(spec: Json, wanted: Json) -> None:
             pod[name] = wanted[key]
 
 
-CLUSTER_SCOPED = {
-    "ClusterRole",
-    "ClusterRoleBinding",
-    "CustomResourceDefinition",
-    "MutatingWebhookConfiguration",
-    "Namespace",
-    "PriorityClass",
-    "ValidatingWebhookConfiguration",
-}
-
-
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -147,33 +133,25 @@ def main() -> None:
         supports_check_mode=True,
     )
     given = module.params
-    key = json.dumps([source_state(given["source"]), given["namespace"], given["deployment"], 1], sort_keys=True)
-    path = Path(given["cache_dir"]) / f"kustomize-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        objects = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        command = [given["kubectl"], "kustomize", given["source"]]
-        try:
-            built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            module.fail_json(msg=f"{' '.join(command)}: {error}")
-        if built.returncode != 0:
-            module.fail_json(
-                msg=f"{' '.join(command)} failed: {built.stderr.strip()[-1500:]} "
-                f"(source {given['source']} has to be a folder with a kustomization, "
-                "or an address that git can fetch from here)"
-            )
-        objects = fit(load_yaml(built.stdout), given["namespace"], given["deployment"], CLUSTER_SCOPED)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(objects), encoding="utf-8")
-        temporary.replace(path)
-    names = {
-        kind: sorted(item["metadata"]["name"] for item in objects if item["kind"] == kind)
-        for kind in ("Deployment", "CustomResourceDefinition")
-    }
+    cure = (
+        f"(source {given['source']} has to be a folder with a kustomization, "
+        "or an address that git can fetch from here)"
+    )
+
+    def build() -> list[Json]:
+        text = run_builder([given["kubectl"], "kustomize", given["source"]], cure)
+        return fit(parse(text), given["namespace"], given["deployment"], CLUSTER_SCOPED)
+
+    try:
+        depends_on = [source_state(given["source"]), given["namespace"], given["deployment"], 1]
+        path, objects = cached(Path(given["cache_dir"]), "kustomize", depends_on, build)
+    except (BuildError, OSError) as error:
+        module.fail_json(msg=str(error))
     module.exit_json(
-        changed=False, path=str(path), deployments=names["Deployment"], crds=names["CustomResourceDefinition"]
+        changed=False,
+        path=str(path),
+        deployments=names(objects, "Deployment"),
+        crds=names(objects, "CustomResourceDefinition"),
     )
 
 
