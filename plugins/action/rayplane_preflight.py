@@ -17,6 +17,8 @@ lists of ``{variable, value, reason, cure, where}``.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +48,26 @@ try:
 except ImportError:
     Origin = None
 
+# What the live side asks with, and the modules after it too. Ansible loads an action in the process that it forks for
+# every task, so this is imported once in a run; that it is missing is among the problems that are found.
+with contextlib.suppress(ImportError):
+    importlib.import_module("boto3")
+
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 SCOPES = ("declared", "live", "all")
 
 #: Roles of one platform only; every other role serves all of them.
-PLATFORM_ROLES = {"network": "aws", "storage": "aws", "eks": "aws", "gke": "gcp", "aks": "azure"}
+PLATFORM_ROLES = {
+    **dict.fromkeys(("encryption", "network", "storage", "eks", "cost"), "aws"),
+    **{"gke": "gcp", "aks": "azure"},
+}
 #: Roles that only hosts of a group use.
 GROUP_ROLES = {"local_platform": "embedded"}
 #: Facts that roles hand to each other, under their own prefix.
 FACTS = (
     *("eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
-    *("network_security_group_id", "network_vpc_id"),
+    *("network_intra_subnet_ids", "network_security_group_id", "network_vpc_id"),
 )
 
 

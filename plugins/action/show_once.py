@@ -1,0 +1,33 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Show a secret on the screen, once: it goes into no log file and into no result.
+
+An action plugin, because only the controller has a screen. Give its task ``no_log``, so that no callback sees the
+argument either. Whoever keeps what a run printed (AWX does) keeps the secret too: there, have it written to a file.
+
+Argument of the task: ``text``. In check mode nothing is shown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+
+class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+    """The task ``show_once``."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Show it."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec({"text": {"type": "str", "required": True}})
+        if not self._task.check_mode:
+            Display().display(str(arguments["text"]), screen_only=True)
+        result["changed"] = False
+        return result
