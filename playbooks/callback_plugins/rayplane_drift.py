@@ -1,0 +1,1 @@
+../../plugins/callback/rayplane_drift.py

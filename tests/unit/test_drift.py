@@ -1,0 +1,435 @@
+"""drift.yml: every difference by name and property, no secret, no guess, nothing changed, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import PROJECT
+from rayplane_drift import HIDDEN, Report, differences, entries, is_secret, reason_of, without_secrets
+
+AWS = {
+    "changed": True,
+    "actions": [
+        "update bucket m: versioning: Suspended -> Enabled",
+        "create add-on metrics-server",
+        "delete subnet s",
+        "update kubeconfig /k: content",
+    ],
+    "diff": [
+        {
+            "before_header": "bucket m",
+            "after_header": "bucket m",
+            "before": {"versioning": "Suspended"},
+            "after": {"versioning": "Enabled"},
+        },
+        {
+            "before_header": "add-on metrics-server",
+            "after_header": "add-on metrics-server",
+            "before": {},
+            "after": {"v": 1},
+        },
+        {"before_header": "subnet s", "after_header": "subnet s", "before": {"id": "s"}, "after": {}},
+    ],
+}
+
+DEPLOYMENT = """\
+kind: Deployment
+spec:
+  replicas: {replicas}
+  template:
+    spec:
+      containers:
+      - name: side
+        image: s:1
+      - name: ray
+        env:
+        - name: HF_TOKEN
+          value: {token}
+        image: {image}
+"""
+
+
+def kubernetes(before: str, after: str, header: str = "Deployment rayplane/x") -> dict[str, Any]:
+    diff = {
+        "before_header": f"{header} (live)",
+        "after_header": f"{header} (declared)",
+        "before": before,
+        "after": after,
+    }
+    return {"changed": True, "diff": [diff]}
+
+
+def test_properties_and_whole_resources_of_aws_modules() -> None:
+    assert list(entries(AWS, "task")) == [
+        ("bucket m", "versioning", "update", "Suspended", "Enabled"),
+        ("add-on metrics-server", "", "create", None, {"v": 1}),
+        ("subnet s", "", "delete", {"id": "s"}, None),
+        # Named as an action only.
+        ("kubeconfig /k", "content", "update", None, None),
+    ]
+
+
+def test_kubernetes_objects_are_compared_by_property_and_entry() -> None:
+    before = DEPLOYMENT.format(replicas=1, image="r:1", token="t-1")
+    after = DEPLOYMENT.format(replicas=2, image="r:2", token="t-1")
+    assert list(entries(kubernetes(before, after), "task")) == [
+        ("Deployment rayplane/x", "spec.replicas", "update", 1, 2),
+        ("Deployment rayplane/x", "spec.template.spec.containers[ray].image", "update", "r:1", "r:2"),
+    ]
+
+
+def test_yaml_inside_of_a_property_is_compared_too() -> None:
+    serve = {"spec": {"serveConfigV2": "applications:\n- name: a\n  args: {n: 1}\n"}}
+    other = {"spec": {"serveConfigV2": "applications:\n- name: a\n  args: {n: 2}\n"}}
+    assert list(differences(serve, other)) == [("spec.serveConfigV2.applications[a].args.n", 1, 2)]
+
+
+def test_lists_without_names_are_compared_as_a_whole() -> None:
+    assert list(differences({"z": ["a"]}, {"z": ["a", "b"]})) == [("z", ["a"], ["a", "b"])]
+    assert list(differences({"z": [{"name": 1}, {"name": 1}]}, {"z": []})) == [("z", [{"name": 1}, {"name": 1}], [])]
+
+
+def test_a_change_without_any_detail_bears_the_task() -> None:
+    assert list(entries({"changed": True}, "Do it")) == [("Do it", "", "change", None, None)]
+    assert next(entries({"changed": True, "actions": ["start etcd"]}, "Do it"))[0] == "start etcd"
+
+
+def test_only_changed_items_of_a_loop_count() -> None:
+    result = {"results": [{"changed": False, "diff": AWS["diff"]}, {"changed": True, "actions": ["create a"]}]}
+    assert [entry[0] for entry in entries(result, "task")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["spec.containers[ray].env[AWS_SECRET_ACCESS_KEY].value", "data.token", "tag api_key", "db.password", "HF_TOKEN"],
+)
+def test_paths_of_secrets(path: str) -> None:
+    assert is_secret(path.replace("tag ", "tag."))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["spec.secretName", "encryption_key", "max_tokens", "kms_key_arn", "serviceAccountToken.path", "key", "tokenizer"],
+)
+def test_paths_of_no_secrets(path: str) -> None:
+    assert not is_secret(path)
+
+
+def test_secrets_are_hidden() -> None:
+    report = Report()
+    before = DEPLOYMENT.format(replicas=1, image="r", token="t-old")
+    after = DEPLOYMENT.format(replicas=1, image="r", token="t-new")
+    report.seen("c", "rayservice")
+    report.changed("c", "rayservice", "task", kubernetes(before, after))
+    report.changed("c", "rayservice", "task", kubernetes("", after))
+    text = report.as_json("now") + report.as_markdown("now") + "\n".join(report.table(200))
+    assert "t-old" not in text and "t-new" not in text
+    assert [(row.property, row.action) for row in report.rows] == [
+        ("spec.template.spec.containers[ray].env[HF_TOKEN].value", "update"),
+        ("", "create"),
+    ]
+    assert without_secrets({"password": "p", "name": "n"}) == {"password": HIDDEN, "name": "n"}
+
+
+def test_a_hidden_result_is_named_by_what_its_role_says() -> None:
+    report = Report()
+    report.seen("c", "secrets")
+    report.changed("c", "secrets", "Apply the Secrets", {"changed": True, "censored": "hidden"})
+    assert report.rows[0].resource == "Apply the Secrets"
+    report.said("c", "secrets", ["updated: Secret rayplane/hf-token"])
+    report.said("c", "secrets", ["something else"])
+    assert report.rows[0].resource == "updated: Secret rayplane/hf-token"
+    assert report.rows[0].property == HIDDEN
+
+
+def test_status_and_exit_code() -> None:
+    report = Report()
+    assert (report.status, report.exit_code) == ("incomplete", 1)
+    report.seen("a", "network")
+    assert (report.status, report.exit_code) == ("clean", 0)
+    report.changed("a", "network", "task", AWS)
+    assert (report.status, report.exit_code) == ("drift", 2)
+    report.failed("b", "eks", "task", "AccessDenied")
+    assert (report.status, report.exit_code) == ("incomplete", 1)
+    content = json.loads(report.as_json("now"))
+    assert content["clusters"]["a"]["stages"] == {"network": "drift"}
+    assert content["clusters"]["b"] == {
+        "stages": {"eks": "not compared"},
+        "drift": [],
+        "not_compared": [{"cluster": "b", "stage": "eks", "task": "task", "reason": "AccessDenied"}],
+    }
+    assert content["clusters"]["a"]["drift"][0] == {
+        "cluster": "a",
+        "stage": "network",
+        "resource": "bucket m",
+        "property": "versioning",
+        "action": "update",
+        "is": "Suspended",
+        "declared": "Enabled",
+    }
+
+
+def test_what_comes_after_a_failure_in_a_stage_is_no_finding() -> None:
+    report = Report()
+    report.changed("a", "eks", "first", {"changed": True, "actions": ["create a"]})
+    report.failed("a", "eks", "second", "AccessDenied")
+    report.changed("a", "eks", "third", {"changed": True, "actions": ["create b"]})
+    report.changed("b", "eks", "third", {"changed": True, "actions": ["create b"]})
+    assert [(row.cluster, row.resource) for row in report.rows] == [("a", "a"), ("b", "b")]
+
+
+def test_markdown_survives_pipes_and_lines() -> None:
+    report = Report()
+    report.seen("a", "network")
+    report.changed("a", "network", "t", kubernetes("x: 'a | b'\n", "x: |\n  c\n  d\n", "ConfigMap a/b"))
+    assert "| network | ConfigMap a/b | x | a \\| b -> c d |" in report.as_markdown("now")
+
+
+def test_reasons() -> None:
+    assert reason_of({"msg": "denied"}) == "denied"
+    assert reason_of(
+        {"msg": "One or more items failed", "results": [{"failed": True, "msg": "no"}, {"msg": "ok"}]}
+    ) == ("One or more items failed: no")
+    assert reason_of({}) == "no reason given"
+
+
+# The stages
+
+
+def _roles(play: dict[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Role, entry file and tags of every stage of a play."""
+    stages = [(role["role"], "main", tuple(role.get("tags", []))) for role in play.get("roles", [])]
+    for task in play.get("tasks", []):
+        for module in ("ansible.builtin.import_role", "ansible.builtin.include_role"):
+            if module in task:
+                arguments = task[module]
+                stages.append((arguments["name"], arguments.get("tasks_from", "main"), tuple(task.get("tags", []))))
+        if "ansible.builtin.include_tasks" in task:
+            loop = play["vars"]["__drift_stages"] if isinstance(task["loop"], str) else task["loop"]
+            stages += [(stage["role"], stage["part"], tuple(stage["tags"])) for stage in loop]
+    return stages
+
+
+def _stages(name: str) -> list[tuple[str, tuple[str, str, tuple[str, ...]]]]:
+    found: list[tuple[str, tuple[str, str, tuple[str, ...]]]] = []
+    for play in yaml.safe_load((PROJECT / "playbooks" / name).read_text(encoding="utf-8")):
+        if imported := play.get("ansible.builtin.import_playbook"):
+            found += _stages(imported)
+            continue
+        for role, part, tags in _roles(play):
+            # A plan leaves out clusters that cannot be asked; a report says so of them.
+            hosts = play["hosts"].replace("platform_ready", "clusters")
+            found.append((hosts, (role, part, tags or tuple(play.get("tags", [])))))
+    return found
+
+
+def test_drift_compares_every_stage_of_deploy() -> None:
+    # Preflight is said to be of no stage; verify asks models and has nothing to compare.
+    skipped = ("preflight", "verify")
+    deploy = [
+        stage
+        for stage in _stages("deploy.yml")
+        if stage[1][0] not in skipped and stage[1][:2] != ("local_platform", "ask")
+    ]
+    drift = [stage for stage in _stages("drift.yml") if stage[1][0] not in skipped]
+    assert drift == deploy
+
+
+def test_every_play_of_drift_is_in_check_mode() -> None:
+    for play in yaml.safe_load((PROJECT / "playbooks/drift.yml").read_text(encoding="utf-8")):
+        assert play["check_mode"] is True, play["name"]
+        assert play["tags"] == ["always"], play["name"]
+
+
+# The real playbook, over roles that need no cloud
+
+HOSTS = """
+clusters:
+  vars: {ansible_connection: local, ansible_python_interpreter: "{{ ansible_playbook_python }}",
+         platform: existing, platform_module_environment: {K8S_AUTH_HOST: "http://127.0.0.1:1"}}
+  hosts: {one: {}, two: {}}
+embedded: {}
+"""
+CLOUD_HOSTS = HOSTS.replace("platform: existing", "platform: aws")
+NOTHING = "- name: Nothing\n  ansible.builtin.command: echo same\n  changed_when: false\n  check_mode: false\n"
+WRITE = """
+- name: Write
+  ansible.builtin.copy:
+    content: "wanted: {{ inventory_hostname }}"
+    dest: "{{ lookup('ansible.builtin.env', 'DRIFT_TEST') }}/{{ inventory_hostname }}"
+    mode: "0600"
+"""
+STAGES = ("preflight", "local_platform", *dict.fromkeys(stage[1][0] for stage in _stages("drift.yml")))
+
+
+class Drift:
+    """Runs the real drift.yml over fake roles."""
+
+    def __init__(self, folder: Path, hosts: str = CLOUD_HOSTS) -> None:
+        self.folder = folder
+        (folder / "hosts.yml").write_text(hosts, encoding="utf-8")
+        (folder / "made").mkdir()
+        for stage in STAGES:
+            for part in ("main", "cloud"):
+                self.role(stage, NOTHING, part)
+        self.environment = os.environ | {
+            "ANSIBLE_ROLES_PATH": str(folder / "roles"),
+            "DRIFT_TEST": str(folder / "made"),
+            "ANSIBLE_FORCE_COLOR": "0",
+            # A person's own choice of callbacks must not take the report away.
+            "ANSIBLE_CALLBACKS_ENABLED": "ansible.posix.timer",
+        }
+
+    def role(self, name: str, tasks: str, part: str = "main") -> None:
+        path = self.folder / "roles" / name / "tasks" / f"{part}.yml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"---\n{tasks}", encoding="utf-8")
+
+    def command(self, *arguments: str) -> list[str]:
+        return [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            str(PROJECT / "playbooks/drift.yml"),
+            *("-i", str(self.folder / "hosts.yml"), "-e", f"drift_dir={self.folder / 'report'}"),
+            *arguments,
+        ]
+
+    def run(self, *arguments: str) -> tuple[int, str, dict[str, Any]]:
+        run = subprocess.run(
+            self.command("--tags", "network,eks", *arguments),
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        return run.returncode, run.stdout + run.stderr, self.report()
+
+    def report(self) -> dict[str, Any]:
+        path = self.folder / "report" / "drift.json"
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return content
+
+
+@pytest.fixture(name="drift")
+def _drift(tmp_path: Path) -> Drift:
+    return Drift(tmp_path)
+
+
+def test_clean_is_zero(drift: Drift) -> None:
+    code, output, report = drift.run()
+    assert code == 0, output
+    assert report["clusters"]["one"]["stages"] == {"encryption": "clean", "network": "clean", "eks": "clean"}
+    assert "nothing differs" in output
+
+
+def test_drift_is_two_and_nothing_is_changed_without_check(drift: Drift) -> None:
+    # A role within a role, a file within a file: check mode has to reach all of them.
+    drift.role("network", "- name: Include\n  ansible.builtin.include_role: {name: storage}\n")
+    drift.role("storage", "- name: Include\n  ansible.builtin.include_tasks: write.yml\n")
+    # ansible_check_mode tells of --check, as a rule.
+    drift.role("storage", WRITE + '  check_mode: "{{ ansible_check_mode }}"\n', "write")
+    code, output, report = drift.run()
+    assert code == 2, output
+    assert list((drift.folder / "made").iterdir()) == []
+    # What a role includes is part of its stage.
+    assert report["clusters"]["one"]["stages"]["network"] == "drift"
+    (row,) = report["clusters"]["one"]["drift"]
+    assert row["stage"] == "network"
+    assert (drift.folder / "report" / "drift.md").exists()
+
+
+def test_one_broken_cluster_and_one_broken_stage_hide_nothing_else(drift: Drift) -> None:
+    fail = 'ansible.builtin.fail: {msg: "AccessDenied: ec2:DescribeVpcs"}'
+    drift.role("network", f"- name: Ask\n  {fail}\n  when: inventory_hostname == 'one'\n{NOTHING}")
+    drift.role("eks", WRITE)
+    code, output, report = drift.run()
+    assert code == 1, output
+    assert report["status"] == "incomplete"
+    one, two = report["clusters"]["one"], report["clusters"]["two"]
+    assert one["stages"] == {"encryption": "clean", "network": "not compared", "eks": "drift"}
+    assert one["not_compared"][0]["reason"] == "AccessDenied: ec2:DescribeVpcs"
+    assert two["stages"] == {"encryption": "clean", "network": "clean", "eks": "drift"}
+    assert "not compared: one: network, Ask: AccessDenied" in output
+
+
+def test_a_cluster_that_preflight_refuses_is_not_compared(drift: Drift) -> None:
+    drift.role(
+        "preflight", '- name: Check\n  ansible.builtin.fail: {msg: "bad"}\n  when: inventory_hostname == "one"\n'
+    )
+    code, output, report = drift.run()
+    assert code == 1, output
+    assert report["clusters"]["one"]["not_compared"][0]["stage"] == "preflight"
+    assert report["clusters"]["two"]["stages"]["network"] == "clean"
+
+
+def test_failures_that_a_role_rescues_are_none(drift: Drift) -> None:
+    rescued = """
+- name: Try
+  block:
+    - name: Fail
+      ansible.builtin.fail: {msg: no}
+  rescue:
+    - name: Manage
+      ansible.builtin.command: echo
+      changed_when: false
+      check_mode: false
+"""
+    drift.role("network", rescued)
+    code, output, _ = drift.run()
+    assert code == 0, output
+    drift.role("network", rescued + "- name: Fail\n  ansible.builtin.fail: {msg: yes}\n")
+    assert drift.run()[0] == 1
+    drift.role("network", rescued.replace("ansible.builtin.command: echo", "ansible.builtin.fail: {msg: no}"))
+    assert drift.run()[0] == 1
+
+
+def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift) -> None:
+    (drift.folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
+    code, output, report = drift.run("--limit", "one", "--tags", "kuberay,secrets")
+    assert code == 1, output
+    (gap,) = report["clusters"]["one"]["not_compared"]
+    assert "does not answer" in gap["reason"] and "namespaces" in gap["reason"]
+
+
+def test_a_run_without_any_stage_is_not_clean(drift: Drift) -> None:
+    (drift.folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
+    code, output, _ = drift.run()
+    assert code == 1, output
+    assert "Nothing was compared" in output
+
+
+def test_secrets_of_tasks_stay_hidden(drift: Drift) -> None:
+    drift.role("network", WRITE.replace("wanted:", "s3cr3t-value") + "  no_log: true\n")
+    code, output, _ = drift.run("--diff")
+    text = output + (drift.folder / "report/drift.json").read_text() + (drift.folder / "report/drift.md").read_text()
+    assert code == 2 and "s3cr3t-value" not in text
+
+
+def test_ansible_runner_gets_report_and_code(drift: Drift) -> None:
+    # ansible-runner, and with it AWX, sets its own callback path and standard output.
+    drift.role("network", WRITE)
+    private = drift.folder / "private"
+    private.mkdir()
+    program = (
+        "import ansible_runner, sys\n"
+        "run = ansible_runner.run(private_data_dir=sys.argv[1], project_dir=sys.argv[2], playbook=sys.argv[3],"
+        " cmdline=sys.argv[4], quiet=True)\n"
+        "events = [event['event'] for event in run.events]\n"
+        "print(run.rc, 'playbook_on_stats' in events)\n"
+    )
+    _, playbook, *arguments = drift.command("--tags", "network")
+    command = [sys.executable, "-c", program, str(private), str(PROJECT), playbook, " ".join(arguments)]
+    environment = drift.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.stdout.split() == ["2", "True"], run.stdout + run.stderr
+    assert drift.report()["status"] == "drift"
