@@ -44,6 +44,6 @@ stamp=$root/.venv/.rayplane-stamp
 key=$(cat "$root/uv.lock" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
   say "installing Ansible, its collections and the test tools into .venv"
-  (cd "$root" && "$home/uv/bootstrap/bin/uv" sync --quiet --frozen --python "$python")
+  (cd "$root" && "$home/uv/bootstrap/bin/uv" sync --quiet --frozen --all-extras --python "$python")
   printf '%s' "$key" > "$stamp"
 fi

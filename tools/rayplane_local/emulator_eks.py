@@ -2,8 +2,10 @@
 
 UpdateClusterConfig, UpdateClusterVersion, UpdateNodegroupConfig, UpdateNodegroupVersion, DescribeUpdate and
 DescribeAddonVersions answer like EKS: an update is in progress when it is asked for and successful when it is looked
-at; a version moves one minor at a time. Tags set later show in descriptions, and managed node groups keep their update
-limits.
+at; a version moves one minor at a time. Tags set later show in descriptions. A cluster has a security group of its own
+and may be protected against deletion. Node groups keep launch template, update limits and repair; with a template EKS
+takes no disk size, and a group stays with the template it was made with. Nodes get the access entry that EKS makes for
+them. Lists come in pages. Launch templates keep the placement, reservations and keys that MiniStack drops.
 """
 
 import json
@@ -12,7 +14,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from ministack.services import eks  # type: ignore[import-not-found,unused-ignore]
+from ministack.services import ec2, eks  # type: ignore[import-not-found,unused-ignore]
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -46,7 +48,14 @@ def update_cluster_config(body: dict[str, Any], cluster: str) -> Answer:
     """UpdateClusterConfig: one kind of change a call, as EKS has it."""
     kinds = [
         key
-        for key in ("resourcesVpcConfig", "logging", "accessConfig", "upgradePolicy", "deletionProtection")
+        for key in (
+            "resourcesVpcConfig",
+            "logging",
+            "accessConfig",
+            "upgradePolicy",
+            "deletionProtection",
+            "zonalShiftConfig",
+        )
         if key in body
     ]
     if len(kinds) != 1:
@@ -75,7 +84,8 @@ def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> A
     """UpdateNodegroupConfig."""
     record = eks._nodegroups[f"{cluster}/{group}"]
     record["scalingConfig"] = {**record["scalingConfig"], **body.get("scalingConfig", {})}
-    record["updateConfig"] = {**record.get("updateConfig", {"maxUnavailable": 1}), **body.get("updateConfig", {})}
+    record["updateConfig"] = body.get("updateConfig") or record.get("updateConfig", {"maxUnavailable": 1})
+    record["nodeRepairConfig"] = {**record.get("nodeRepairConfig", {}), **body.get("nodeRepairConfig", {})}
     labels = body.get("labels", {})
     record["labels"] = {**record.get("labels", {}), **labels.get("addOrUpdateLabels", {})}
     for key in labels.get("removeLabels", []):
@@ -88,11 +98,167 @@ def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> A
 
 
 def update_nodegroup_version(body: dict[str, Any], cluster: str, group: str) -> Answer:
-    """UpdateNodegroupVersion: to the cluster's version unless another is named."""
+    """UpdateNodegroupVersion: to the cluster's version unless another is named, and to a version of its template."""
     record = eks._nodegroups[f"{cluster}/{group}"]
-    record["version"] = body.get("version") or eks._clusters[cluster]["version"]
+    have, ahead = record["version"], eks._clusters[cluster]["version"]
+    template = None
+    if "launchTemplate" in body:
+        template = find_template(body["launchTemplate"])
+        if template is None:
+            return refuse("InvalidParameterException", "The specified launch template or version does not exist.")
+        if record.get("launchTemplate", {}).get("id") != template["id"]:
+            return refuse(
+                "InvalidParameterException",
+                "You cannot specify a launch template other than the one that the node group was deployed with.",
+            )
+    want = body.get("version") or (have if template else ahead)
+    if not _number(have) <= _number(want) <= _number(ahead):
+        return refuse("InvalidParameterException", f"Requested Nodegroup Kubernetes version {want} is invalid.")
+    record["version"] = want
     record["releaseVersion"] = body.get("releaseVersion") or record["releaseVersion"]
+    if template:
+        record["launchTemplate"] = template
     return begin("VersionUpdate")
+
+
+def _number(version: str) -> int:
+    return int(version.split(".")[1])
+
+
+def find_template(given: dict[str, str]) -> dict[str, str] | None:
+    """Return the launch template and the number of its version that a specification names, or None."""
+    for template in ec2._launch_templates.values():
+        if given.get("id", template["LaunchTemplateId"]) != template["LaunchTemplateId"]:
+            continue
+        if given.get("name", template["LaunchTemplateName"]) != template["LaunchTemplateName"]:
+            continue
+        fixed = {"$Default": template["DefaultVersionNumber"], "$Latest": template["LatestVersionNumber"]}
+        version = str(fixed.get(given.get("version", "$Default"), given.get("version")))
+        if any(str(one["VersionNumber"]) == version for one in template["Versions"]):
+            return {
+                "id": template["LaunchTemplateId"],
+                "name": template["LaunchTemplateName"],
+                "version": version,
+            }
+    return None
+
+
+def template_settings(found: dict[str, str]) -> dict[str, Any]:
+    """Return the data of a version of a launch template."""
+    versions = ec2._launch_templates[found["id"]]["Versions"]
+    return next(one["LaunchTemplateData"] for one in versions if str(one["VersionNumber"]) == found["version"])
+
+
+def create_cluster(inner: Callable[..., Answer], body: dict[str, Any], request: tuple[Any, ...]) -> Answer:
+    """CreateCluster: with the settings that MiniStack drops, and a security group in the subnets' VPC."""
+    answer = inner(*request)
+    if answer[0] != 200:
+        return answer
+    record = eks._clusters[body["name"]]
+    for key in ("upgradePolicy", "deletionProtection", "zonalShiftConfig"):
+        if key in body:
+            record[key] = body[key]
+    network = record["resourcesVpcConfig"]
+    vpcs = {ec2._subnets[one]["VpcId"] for one in network["subnetIds"] if one in ec2._subnets}
+    if vpcs:
+        network["vpcId"] = vpcs.pop()
+        group = network["clusterSecurityGroupId"]
+        name = f"eks-cluster-sg-{body['name']}"
+        ec2._security_groups[group] = {
+            "GroupId": group,
+            "GroupName": name,
+            "Description": "EKS created security group applied to ENI that is attached to EKS Control Plane",
+            "VpcId": network["vpcId"],
+            "OwnerId": eks.get_account_id(),
+            "IpPermissions": [],
+            "IpPermissionsEgress": [],
+        }
+        tags = {"Name": name, f"kubernetes.io/cluster/{body['name']}": "owned", "aws:eks:cluster-name": body["name"]}
+        ec2._tags[group] = [{"Key": key, "Value": value} for key, value in tags.items()]
+    made: Answer = eks._json_resp(200, {"cluster": eks._sanitize(record)})
+    return made
+
+
+def delete_cluster(inner: Callable[..., Answer], cluster: str, request: tuple[Any, ...]) -> Answer:
+    """DeleteCluster: refused while node groups hold it or it is protected; its security group goes with it."""
+    record = eks._clusters.get(cluster)
+    if record and record.get("deletionProtection"):
+        return refuse("InvalidRequestException", f"Cluster {cluster} has deletion protection enabled.")
+    if any(key.startswith(f"{cluster}/") for key in eks._nodegroups):
+        return refuse("ResourceInUseException", "Cluster has nodegroups attached")
+    for key in [key for key in eks._addons if key.startswith(f"{cluster}/")]:
+        eks._addons.pop(key)
+    if record:
+        group = record["resourcesVpcConfig"]["clusterSecurityGroupId"]
+        ec2._security_groups.pop(group, None)
+        ec2._tags.pop(group, None)
+    return inner(*request)
+
+
+def create_nodegroup(
+    inner: Callable[..., Answer], body: dict[str, Any], cluster: str, request: tuple[Any, ...]
+) -> Answer:
+    """CreateNodegroup: checked and kept as EKS does, with an access entry for its role."""
+    template, settings = None, {}
+    if "launchTemplate" in body:
+        template = find_template(body["launchTemplate"])
+        if template is None:
+            return refuse("InvalidParameterException", "The specified launch template or version does not exist.")
+        settings = template_settings(template)
+        if "diskSize" in body:
+            return refuse("InvalidParameterException", "Disk size must be specified within the launch template.")
+        if "InstanceType" in settings and "instanceTypes" in body:
+            return refuse(
+                "InvalidParameterException",
+                "You cannot specify instance types in both the launch template and API request.",
+            )
+    if body.get("capacityType") == "CAPACITY_BLOCK":
+        market = settings.get("InstanceMarketOptions", {}).get("MarketType")
+        if market != "capacity-block" or "InstanceType" not in settings:
+            return refuse(
+                "InvalidParameterException",
+                "A launch template with market type capacity-block and an instance type is required.",
+            )
+    if body.get("amiType") == "CUSTOM":
+        return refuse("InvalidParameterException", "CUSTOM is set by EKS for templates that name an image.")
+    answer = inner(*request)
+    if answer[0] != 200:
+        return answer
+    record = eks._nodegroups[f"{cluster}/{body['nodegroupName']}"]
+    record["updateConfig"] = body.get("updateConfig", {"maxUnavailable": 1})
+    record["nodeRepairConfig"] = body.get("nodeRepairConfig", {"enabled": False})
+    record["releaseVersion"] = record["releaseVersion"] or f"{record['version']}.0-20261101"
+    if template:
+        record["launchTemplate"] = template
+        record.pop("diskSize", None)
+        if "InstanceType" in settings:
+            record.pop("instanceTypes", None)
+        if "ImageId" in settings:
+            record["amiType"] = "CUSTOM"
+    role = body.get("nodeRole", "")
+    if role and eks._ae_key(cluster, role) not in eks._access_entries:
+        entry = eks._build_access_entry(cluster, role, {"type": "EC2_LINUX"})
+        entry["username"] = "system:node:{{EC2PrivateDNSName}}"
+        entry["kubernetesGroups"] = ["system:nodes"]
+        eks._access_entries[eks._ae_key(cluster, role)] = entry
+    made: Answer = eks._json_resp(200, {"nodegroup": record})
+    return made
+
+
+def in_pages(inner: Callable[..., Answer], key: str, query: dict[str, Any], request: tuple[Any, ...]) -> Answer:
+    """Answer one page of a list: maxResults items (100 where none is asked for) after nextToken."""
+    asked = {name: value[0] if isinstance(value, list) else value for name, value in query.items()}
+    size, start = int(asked.get("maxResults") or 100), int(asked.get("nextToken") or 0)
+    rest = {name: value for name, value in query.items() if name not in ("maxResults", "nextToken")}
+    answer = inner(*request[:-1], {**rest, "maxResults": ["1000000"]})
+    if answer[0] != 200:
+        return answer
+    items = json.loads(answer[2])[key]
+    page: dict[str, Any] = {key: items[start : start + size]}
+    if start + size < len(items):
+        page["nextToken"] = str(start + size)
+    paged: Answer = eks._json_resp(200, page)
+    return paged
 
 
 def describe_update(_: dict[str, Any], update: str, **__: str) -> Answer:
@@ -104,18 +270,30 @@ def describe_update(_: dict[str, Any], update: str, **__: str) -> Answer:
     return answer
 
 
+def default_version(kubernetes: str) -> str:
+    """Return the version of an add-on that is the default for a Kubernetes version."""
+    return f"v{kubernetes}.0-eksbuild.1"
+
+
 def describe_addon_versions(query: dict[str, Any]) -> Answer:
     """DescribeAddonVersions: one version an add-on and Kubernetes version, which is also the default."""
     name, kubernetes = (
         str(query[key][0] if isinstance(query[key], list) else query[key]) for key in ("addonName", "kubernetesVersion")
     )
     compatible = [{"clusterVersion": kubernetes, "defaultVersion": True, "platformVersions": ["*"]}]
-    versions = [
-        {"addonVersion": f"v{kubernetes}.0-eksbuild.1", "architecture": ["amd64"], "compatibilities": compatible}
-    ]
+    versions = [{"addonVersion": default_version(kubernetes), "architecture": ["amd64"], "compatibilities": compatible}]
     answer: Answer = eks._json_resp(200, {"addons": [{"addonName": name, "addonVersions": versions}]})
     return answer
 
+
+LISTS = {
+    r"/clusters": "clusters",
+    CLUSTER + r"/node-groups": "nodegroups",
+    CLUSTER + r"/addons": "addons",
+    CLUSTER + r"/access-entries": "accessEntries",
+    CLUSTER + r"/access-entries/.+/access-policies": "associatedAccessPolicies",
+    CLUSTER + r"/pod-identity-associations": "associations",
+}
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = [
     ("POST", re.compile(CLUSTER + r"/update-config"), update_cluster_config),
@@ -142,15 +320,109 @@ def install() -> None:
                 if "group" in names and f"{names['cluster']}/{names['group']}" not in eks._nodegroups:
                     return refuse("ResourceNotFoundException", f"No node group found for name: {names['group']}.")
                 return operation(json.loads(body or b"{}"), **names)
+        request = (method, path, headers, body, query)
+        if method == "GET":
+            for listing, key in LISTS.items():
+                if re.fullmatch(listing, path):
+                    return in_pages(inner, key, query, request)
+        if method == "POST" and path == "/clusters":
+            return create_cluster(inner, json.loads(body), request)
+        match = re.fullmatch(CLUSTER, path)
+        if method == "DELETE" and match:
+            return delete_cluster(inner, match["cluster"], request)
+        match = re.fullmatch(CLUSTER + "/node-groups", path)
+        if method == "POST" and match:
+            return create_nodegroup(inner, json.loads(body), match["cluster"], request)
         arn = urllib.parse.unquote(path.removeprefix("/tags/"))
         if path.startswith("/tags/") and "podidentityassociation" in arn and method == "POST":
             return tag_association(arn, json.loads(body)["tags"])
+        match = re.fullmatch(CLUSTER + "/addons", path)
+        if method == "POST" and match and match["cluster"] in eks._clusters:
+            addon = json.loads(body)
+            addon.setdefault("addonVersion", default_version(eks._clusters[match["cluster"]]["version"]))
+            made: Answer = inner(method, path, headers, json.dumps(addon).encode(), query)
+            return made
         answer: Answer = inner(method, path, headers, body, query)
+        if path.endswith(("/encryption-config/associate", "/update")) and answer[0] == 200:
+            # MiniStack forgets the updates that it answers.
+            update = json.loads(answer[2])["update"]
+            updates[update["id"]] = update
         if path.startswith("/tags/") and answer[0] == 200 and method != "GET":
             show_tags(arn)
         return answer
 
     eks._handle_request_sync = handle
+    keep_template_settings()
+
+
+# What MiniStack drops of a launch template: path in a request, and the element of an answer.
+TEMPLATE_SETTINGS = {
+    ("Placement", "GroupName"): ("placement", "groupName"),
+    ("InstanceMarketOptions", "MarketType"): ("instanceMarketOptions", "marketType"),
+    ("CapacityReservationSpecification", "CapacityReservationPreference"): (
+        "capacityReservationSpecification",
+        "capacityReservationPreference",
+    ),
+    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationId"): (
+        "capacityReservationSpecification",
+        "capacityReservationTarget",
+        "capacityReservationId",
+    ),
+    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationResourceGroupArn"): (
+        "capacityReservationSpecification",
+        "capacityReservationTarget",
+        "capacityReservationResourceGroupArn",
+    ),
+}
+
+
+def keep_template_settings() -> None:
+    """Let launch templates keep the settings that MiniStack drops."""
+    parse, render = ec2._parse_lt_data, ec2._lt_data_xml
+
+    def parse_more(params: Any, prefix: str = "LaunchTemplateData") -> dict[str, Any]:
+        data: dict[str, Any] = parse(params, prefix)
+        for path in TEMPLATE_SETTINGS:
+            value = ec2._p(params, ".".join((prefix, *path)))
+            if value:
+                place = data
+                for step in path[:-1]:
+                    place = place.setdefault(step, {})
+                place[path[-1]] = value
+        for index, mapping in enumerate(data.get("BlockDeviceMappings", ()), 1):
+            key = ec2._p(params, f"{prefix}.BlockDeviceMapping.{index}.Ebs.KmsKeyId")
+            if key:
+                mapping["Ebs"]["KmsKeyId"] = key
+        return data
+
+    def render_more(data: dict[str, Any]) -> str:
+        xml = str(render(data))
+        for mapping in data.get("BlockDeviceMappings", ()):
+            key = mapping.get("Ebs", {}).get("KmsKeyId")
+            if key:
+                device = f"<deviceName>{mapping['DeviceName']}</deviceName><ebs>"
+                xml = xml.replace(device, f"{device}<kmsKeyId>{ec2._esc(key)}</kmsKeyId>")
+        for path, elements in TEMPLATE_SETTINGS.items():
+            value: Any = data
+            for step in path:
+                value = value.get(step, {})
+            if value:
+                opening = "".join(f"<{one}>" for one in elements)
+                closing = "".join(f"</{one}>" for one in reversed(elements))
+                xml += opening + str(ec2._esc(value)) + closing
+        return xml
+
+    ec2._parse_lt_data, ec2._lt_data_xml = parse_more, render_more
+    create = ec2._ACTION_MAP["CreateLaunchTemplate"]
+
+    def create_and_tag(params: Any) -> Any:
+        answer = create(params)
+        # A second record of the tags, which would hide those that are set and removed later.
+        for template in ec2._launch_templates.values():
+            template.pop("Tags", None)
+        return answer
+
+    ec2._ACTION_MAP["CreateLaunchTemplate"] = create_and_tag
 
 
 def tag_association(arn: str, tags: dict[str, str]) -> Answer:

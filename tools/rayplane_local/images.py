@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import py_compile
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import mounts, oci, parts
+from . import mounts, oci, parts, python_env
 from .errors import CommandError, PlatformError
 from .keys import content_key, read_json, write_text
 from .progress import Step
-from .settings import Settings
+from .settings import TOOLS, Settings
 from .shell import run, run_long
 
 SUITE = "bookworm"
-# What the Ray pods and kube-proxy find in their image. Ray itself is mounted; KubeRay's probes call wget; vLLM wants
-# libnuma, OpenMP and tcmalloc.
+# What the Ray pods, kube-proxy, the gateway and Redis find in their image. Ray itself is mounted; KubeRay's probes call
+# wget; vLLM wants libnuma, OpenMP and tcmalloc.
 BASE_PACKAGES = (
     "ca-certificates",
     "conntrack",
@@ -30,6 +34,7 @@ BASE_PACKAGES = (
     "libtcmalloc-minimal4",
     "procps",
     "python3",
+    "redis-server",
     "wget",
 )
 RAY_USER = 1000
@@ -45,6 +50,10 @@ OPERATOR_IMAGE = f"quay.io/kuberay/operator:v{parts.KUBERAY_VERSION}"
 METRICS_SERVER_IMAGE = f"registry.k8s.io/metrics-server/metrics-server:v{parts.METRICS_SERVER_VERSION}"
 PROVISIONER_IMAGE = f"docker.io/rancher/local-path-provisioner:v{parts.LOCAL_PATH_VERSION}"
 BUSYBOX_IMAGE = "docker.io/library/busybox:1.35.0"
+# Where the gateway's Python environment and its code lie in its image.
+GATEWAY_FOLDER = "opt/rayplane/gateway"
+CODE_FOLDER = "opt/rayplane/code"
+CODE = TOOLS.parent / "serve_app"
 
 _USERS = """\
 root:x:0:0:root:/root:/sbin/nologin
@@ -58,7 +67,7 @@ def base_key() -> str:
 
 
 def base_file(settings: Settings) -> Path:
-    """The root file system that kube-proxy and the Ray pods share: one layer, as a tar file."""
+    """The root file system that all images with more than one program share: one layer, as a tar file."""
     return settings.images / f"base-{base_key()}.tar"
 
 
@@ -96,7 +105,7 @@ def make_base(settings: Settings, step: Step) -> None:
 @dataclass(frozen=True)
 class Recipe:
     """How one image is made: programs by their path in it, whether it stands on the base, its user and its entry
-    point.
+    point; `python` names an environment of tools/ that goes into it, together with the code of serve_app.
     """
 
     name: str
@@ -107,14 +116,56 @@ class Recipe:
     links: tuple[str, ...] = ()
     path: str = PATH
     directory: str = "/"
+    python: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, settings: Settings) -> str:
         """Changes with anything that the image is made of; cheap, because parts are keyed themselves."""
         sources = {path: str(source(settings, name).parent.parent.name) for path, name in self.programs.items()}
         base = base_key() if self.on_base else ""
+        further = (python_env.key(self.python), code_digests(), dict(self.variables)) if self.python else ()
         return content_key(
-            RECIPE, self.name, sources, base, self.entrypoint, self.user, self.links, self.path, self.directory
+            RECIPE,
+            self.name,
+            sources,
+            base,
+            self.entrypoint,
+            self.user,
+            self.links,
+            self.path,
+            self.directory,
+            *further,
         )
+
+
+def code_files() -> dict[str, Path]:
+    """The files of serve_app by their path in it, without what an interpreter left."""
+    return {
+        str(path.relative_to(CODE)): path
+        for path in sorted(CODE.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def code_digests() -> dict[str, str]:
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code_files().items()}
+
+
+def compiled_code() -> dict[str, str | bytes]:
+    """serve_app for an image: its files, and what Python makes of them, because the image is read-only."""
+    content: dict[str, str | bytes] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in code_files().items():
+            inside = f"{CODE_FOLDER}/{CODE.name}/{name}"
+            content[inside] = path.read_bytes()
+            if path.suffix == ".py":
+                made = Path(folder) / "made.pyc"
+                # Times of files in an image are no times of change.
+                mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+                py_compile.compile(str(path), str(made), f"/{inside}", doraise=True, invalidation_mode=mode)
+                cached = Path(inside).parent / "__pycache__" / f"{path.stem}.{sys.implementation.cache_tag}.pyc"
+                content[str(cached)] = made.read_bytes()
+    return content
 
 
 def source(settings: Settings, name: str) -> Path:
@@ -167,17 +218,33 @@ def recipes(settings: Settings) -> list[Recipe]:
             directory="/home/ray",
             entrypoint=(),
         ),
+        Recipe(
+            settings.gateway_image,
+            {},
+            entrypoint=(f"/{GATEWAY_FOLDER}/bin/python", "-m", "serve_app.gateway"),
+            user="65532:65532",
+            on_base=True,
+            python="gateway",
+            variables={"PYTHONPATH": f"/{CODE_FOLDER}", "PYTHONUNBUFFERED": "1"},
+        ),
+        Recipe(settings.redis_image, {}, entrypoint=("redis-server",), user="65532:65532", on_base=True),
     ]
 
 
 def build(settings: Settings, recipe: Recipe, base: oci.Blob | None) -> oci.Image:
     """Turn a recipe into an image."""
-    texts = {} if recipe.on_base else {"etc/passwd": _USERS}
+    texts: dict[str, str | bytes] = {} if recipe.on_base else {"etc/passwd": _USERS}
     files = {path: source(settings, name) for path, name in recipe.programs.items()}
     layers = [base] if recipe.on_base and base is not None else []
     if files:
         layers.append(oci.layer(files, links=dict.fromkeys(recipe.links, "busybox"), texts=texts))
-    config: dict[str, object] = {"Env": [f"PATH={recipe.path}"], "WorkingDir": recipe.directory}
+    if recipe.python:
+        # Two layers: the code changes more often than what it stands on.
+        environment = python_env.folder(settings, recipe.python)
+        layers.append(oci.layer({}, trees={f"opt/rayplane/{recipe.python}": environment}))
+        layers.append(oci.layer({}, texts=compiled_code()))
+    variables = [f"{name}={value}" for name, value in recipe.variables.items()]
+    config: dict[str, object] = {"Env": [f"PATH={recipe.path}", *variables], "WorkingDir": recipe.directory}
     if recipe.entrypoint:
         config["Entrypoint"] = list(recipe.entrypoint)
     if recipe.user:

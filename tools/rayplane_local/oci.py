@@ -81,9 +81,15 @@ def blob_of_file(path: Path) -> Blob:
 
 
 def layer(
-    files: Mapping[str, Path], *, links: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None
+    files: Mapping[str, Path],
+    *,
+    links: Mapping[str, str] | None = None,
+    texts: Mapping[str, str | bytes] | None = None,
+    trees: Mapping[str, Path] | None = None,
 ) -> Blob:
-    """A layer with programs (path in the image: file here), symbolic links, small texts, and a /tmp for everybody."""
+    """A layer with programs (path in the image: file here), symbolic links, small texts, whole folders with the links
+    in them, and a /tmp for everybody.
+    """
 
     def entry(name: str, kind: bytes, mode: int, size: int = 0) -> tarfile.TarInfo:
         info = tarfile.TarInfo(name)
@@ -94,7 +100,7 @@ def layer(
         with tarfile.open(fileobj=_as_file(sink), mode="w|", format=tarfile.PAX_FORMAT) as tar:
             tar.addfile(entry("tmp", tarfile.DIRTYPE, 0o1777))
             for name, text in sorted((texts or {}).items()):
-                data = text.encode()
+                data = text if isinstance(text, bytes) else text.encode()
                 tar.addfile(entry(name, tarfile.REGTYPE, 0o644, len(data)), io.BytesIO(data))
             for name, path in sorted(files.items()):
                 with path.open("rb") as stream:
@@ -103,6 +109,17 @@ def layer(
                 info = entry(name, tarfile.SYMTYPE, 0o777)
                 info.linkname = target
                 tar.addfile(info)
+            for name, folder in sorted((trees or {}).items()):
+                for path in sorted(folder.rglob("*")):
+                    inside = f"{name}/{path.relative_to(folder)}"
+                    if path.is_symlink():
+                        info = entry(inside, tarfile.SYMTYPE, 0o777)
+                        info.linkname = str(path.readlink())
+                        tar.addfile(info)
+                    elif path.is_file():
+                        mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
+                        with path.open("rb") as stream:
+                            tar.addfile(entry(inside, tarfile.REGTYPE, mode, path.stat().st_size), stream)
 
     return blob_of(write)
 

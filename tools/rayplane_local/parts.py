@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import stat
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import packages
 from .errors import PlatformError
 from .keys import content_key, link
 from .progress import Step
@@ -24,6 +26,7 @@ COREDNS_VERSION = "1.12.4"
 KUBERAY_VERSION = "1.6.0"
 METRICS_SERVER_VERSION = "0.9.0"
 LOCAL_PATH_VERSION = "0.0.30"
+HELM_VERSION = "3.19.5"
 
 KUBERNETES_PROGRAMS = (
     "kubeadm",
@@ -125,13 +128,26 @@ PARTS: tuple[Part, ...] = (
     ),
 )
 
+# Built only when somebody asks (`ensure`): the local platform does without them.
+ON_DEMAND: tuple[Part, ...] = (
+    Part(
+        name="helm",
+        programs={"helm": "helm.sh/helm/v3/cmd/helm"},
+        flags=f"-X helm.sh/helm/v3/internal/version.version=v{HELM_VERSION} "
+        f"-X helm.sh/helm/v3/pkg/lint/rules.k8sVersionMajor={KUBERNETES_VERSION.split('.', maxsplit=1)[0]} "
+        f"-X helm.sh/helm/v3/pkg/lint/rules.k8sVersionMinor={KUBERNETES_VERSION.split('.')[1]} "
+        f"-X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor={KUBERNETES_VERSION.split('.', maxsplit=1)[0]} "
+        f"-X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor={KUBERNETES_VERSION.split('.')[1]}",
+    ),
+)
+
 # Programs that a person or the platform runs on the machine itself; the others only run in images.
 ON_THE_MACHINE = ("kubeadm", "kubelet", "kubectl")
 
 
 def part(name: str) -> Part:
     """The part of that name."""
-    return next(item for item in PARTS if item.name == name)
+    return next(item for item in (*PARTS, *ON_DEMAND) if item.name == name)
 
 
 def folder(settings: Settings, item: Part) -> Path | None:
@@ -158,15 +174,16 @@ def ready_folder(settings: Settings, item: Part) -> Path:
 
 def program(settings: Settings, name: str) -> Path:
     """The path of one program."""
-    item = next(item for item in PARTS if name in item.programs)
+    item = next(item for item in (*PARTS, *ON_DEMAND) if name in item.programs)
     return ready_folder(settings, item) / "bin" / name
 
 
-def go_environment(settings: Settings) -> dict[str, str]:
-    """Go's caches lie in the platform's home, where they can be found and cleaned."""
+def go_environment(settings: Settings, caches: Path | None = None) -> dict[str, str]:
+    """Go's caches lie in the platform's home, where they can be found and cleaned, or in the folder `caches`."""
+    caches = caches or settings.home / "go"
     return {
-        "GOCACHE": str(settings.home / "go" / "build"),
-        "GOMODCACHE": str(settings.home / "go" / "mod"),
+        "GOCACHE": str(caches / "build"),
+        "GOMODCACHE": str(caches / "mod"),
         "GOFLAGS": "-mod=readonly -buildvcs=false",
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
@@ -178,7 +195,7 @@ def go_needed() -> tuple[int, int, int]:
     """The newest Go version that one of the modules asks for."""
     found = [
         re.search(r"^go (\d+)\.(\d+)(?:\.(\d+))?$", (item.module / "go.mod").read_text(), re.MULTILINE)
-        for item in PARTS
+        for item in (*PARTS, *ON_DEMAND)
     ]
     return max((int(match[1]), int(match[2]), int(match[3] or 0)) for match in found if match)
 
@@ -196,13 +213,13 @@ def find_go(settings: Settings) -> Path | None:
     return None
 
 
-def build(settings: Settings, item: Part, go: Path, step: Step) -> None:
-    """Build a part's programs from its module."""
+def build(settings: Settings, item: Part, go: Path, step: Step, caches: Path | None = None) -> None:
+    """Build a part's programs from its module; Go's caches lie in the folder `caches` where one is given."""
     target = settings.parts / f"{item.name}-{item.key()}-build"
     work = target.with_name(f".{target.name}.new")
     shutil.rmtree(work, ignore_errors=True)
     (work / "bin").mkdir(parents=True)
-    environment = go_environment(settings)
+    environment = go_environment(settings, caches)
     flags = ["-trimpath", "-ldflags", f"-s -w {item.flags}".strip()]
 
     def note(line: str, count: int) -> str:
@@ -228,6 +245,50 @@ def build(settings: Settings, item: Part, go: Path, step: Step) -> None:
             built.rename(work / "bin" / name)
     copy_sources(settings, item, go, work)
     publish(work, target)
+
+
+def ensure_go(settings: Settings, step: Step) -> Path:
+    """A Go toolchain that is new enough, fetched first where the machine has none."""
+    if find_go(settings) is None:
+        packages.fetch_go(settings, step)
+    go = find_go(settings)
+    if go is None:
+        raise PlatformError("no Go toolchain that is new enough was found")
+    return go
+
+
+def ensure(settings: Settings, name: str, step: Step | None = None) -> Path:
+    """The path of a program of `ON_DEMAND`, built first where it has not been.
+
+    Two processes that ask at the same time build it once. The platform's Go caches are used where they were kept;
+    otherwise the build's own are dropped after it, as those of a deployment are.
+    """
+    item = next(item for item in ON_DEMAND if name in item.programs)
+    settings.parts.mkdir(parents=True, exist_ok=True)
+    with (settings.parts / f".{item.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder(settings, item) is None:
+            step = step or Step(f"build {name}")
+            go = ensure_go(settings, step)
+            kept = (settings.home / "go" / "build").is_dir()
+            caches = settings.home / "go" if kept else settings.parts / f".{item.name}.caches"
+            try:
+                build(settings, item, go, step, caches)
+            finally:
+                if not kept:
+                    drop_go_caches(caches)
+                    shutil.rmtree(caches, ignore_errors=True)
+            prune(settings, (item,))
+    return program(settings, name)
+
+
+def drop_go_caches(caches: Path) -> None:
+    """Remove Go's caches in a folder: gigabytes that only another build of the same sources would use."""
+    for name in ("build", "mod"):
+        for path in (caches / name).rglob("*"):  # Go makes its module cache read-only
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
+        shutil.rmtree(caches / name, ignore_errors=True)
 
 
 def copy_sources(settings: Settings, item: Part, go: Path, work: Path) -> None:
@@ -297,9 +358,9 @@ def link_programs(settings: Settings) -> list[str]:
     return changed
 
 
-def prune(settings: Settings) -> None:
+def prune(settings: Settings, items: Iterable[Part] = PARTS) -> None:
     """Remove parts of earlier keys, and what cut-off builds left."""
-    for item in PARTS:
+    for item in items:
         for pattern in (f"{item.name}-*-build", f"{item.name}-*-release", f".{item.name}-*.new"):
             for path in settings.parts.glob(pattern):
                 if path.name.startswith(".") or item.key() not in path.name:

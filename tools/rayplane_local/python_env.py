@@ -1,4 +1,4 @@
-"""Python environments from locked requirements: the one that serves, and the one of the platform's services."""
+"""Python environments from locked requirements: those of the Ray pods, the gateway, and the platform's services."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ def make(settings: Settings, name: str, step: Step) -> None:
         "UV_CACHE_DIR": str(settings.home / "uv" / "cache"),
         "UV_PYTHON_DOWNLOADS": "never",
         "UV_LINK_MODE": "hardlink",
+        # What is compiled stays good whatever times an image gives the files; nobody edits them.
+        "PYC_INVALIDATION_MODE": "UNCHECKED_HASH",
     }
     log = settings.build_logs / f"python-{name}.log"
     run_long([uv, "venv", "--relocatable", "--python", INTERPRETER, work], step, log, env=environment)

@@ -60,6 +60,8 @@ class Settings:
     emulator_region: str = "us-west-2"
     node_ports: tuple[int, ...] = (30080,)
     ray_image: str = "localhost/rayplane/ray:2.60.0-cpu"
+    gateway_image: str = "localhost/rayplane/gateway:0.1.0"
+    redis_image: str = "localhost/rayplane/redis:7.0.15"
     memory_gib: float = 12.0
     disk_gib: float = 32.0
     disk_warm_gib: float = 6.0

@@ -70,8 +70,11 @@ def artefacts_works(settings: Settings, released: set[str]) -> list[Work]:
     works: list[Work] = []
     built = [part for part in parts.PARTS if parts.folder(settings, part) is None]
     to_build = [part for part in built if part.name not in released]
-    if not python_env.folder(settings, "services").is_dir():
-        works.append(Work("python services", lambda step: python_env.make(settings, "services", step), lane="download"))
+    works += [
+        Work(f"python {name}", partial(python_env.make, settings, name), lane="download")
+        for name in ("services", "gateway")
+        if not python_env.folder(settings, name).is_dir()
+    ]
     if not images.base_file(settings).is_file():
         works.append(Work("base image", lambda step: images.make_base(settings, step), lane="download"))
     works += [
@@ -145,13 +148,7 @@ def artefacts(settings: Settings, report: Report) -> Result:
 
 def drop_build_cache(settings: Settings) -> None:
     """Free the gigabytes that only another build of the same sources would use."""
-    for name in ("build", "mod"):
-        folder = settings.home / "go" / name
-        if folder.is_dir():
-            for path in folder.rglob("*"):  # Go makes its module cache read-only
-                if path.is_dir() and not path.is_symlink():
-                    path.chmod(0o755)
-            shutil.rmtree(folder, ignore_errors=True)
+    parts.drop_go_caches(settings.home / "go")
     shutil.rmtree(settings.home / "downloads", ignore_errors=True)
 
 
@@ -164,7 +161,8 @@ def start_services(settings: Settings, report: Report) -> Result:
 
 def lacks_artefacts(settings: Settings) -> bool:
     """Whether something that the later stages run is still to be made."""
-    return not python_env.folder(settings, "services").is_dir() or any(
+    environments = (python_env.folder(settings, name) for name in ("services", "gateway"))
+    return not all(folder.is_dir() for folder in environments) or any(
         parts.folder(settings, part) is None for part in parts.PARTS
     )
 
