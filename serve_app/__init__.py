@@ -1,0 +1,1 @@
+"""The Python that serves: the gateway in front of the models."""

@@ -1,0 +1,789 @@
+"""One request from its first byte to its last: who asks, whether it may, what it costs, who answers, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from . import authorise, request
+from .auth import Caller
+from .cache import Entry, Lead
+from .config import Operation, Route
+from .errors import BackendFailed, GatewayError, InvalidRequest, NotFound, PermissionDenied
+from .filters.base import About, Blocked, Finding
+from .filters.chain import Chain
+from .filters.stream import StreamFilter
+from .limits import Admission, LimitReached, Used, subjects
+from .request import ClientGone, Header, Headers, Message, Receive, Scope, Send
+from .routing import Answer, Call
+from .runtime import Runtime
+from .sse import Events, cut_usage, data, is_done
+from .tracing import Trace
+
+#: An answer that is read as a whole has at most so many bytes.
+MAX_ANSWER = 256 * 1024 * 1024
+#: A longer request is hardly ever repeated, and takes longer to compare than it should.
+_CACHED_BYTES = 1024 * 1024
+_JSON = (b"content-type", b"application/json")
+_EVENTS = b"text/event-stream"
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = (
+        "_answer",
+        "_began",
+        "_first",
+        "_headers",
+        "_id",
+        "_input",
+        "_last",
+        "_policy",
+        "_receive",
+        "_runtime",
+        "_scope",
+        "_send",
+        "_sent",
+        "_settled",
+        "_started",
+        "_trace",
+        "_watch",
+        "admission",
+        "attempts",
+        "backend",
+        "cached",
+        "caller",
+        "code",
+        "content",
+        "estimated",
+        "events",
+        "findings",
+        "gone",
+        "model",
+        "operation",
+        "reached",
+        "retain",
+        "route",
+        "status",
+        "stream",
+        "usage",
+        "variant",
+    )
+
+    def __init__(self, runtime: Runtime, scope: Scope, receive: Receive, send: Send) -> None:
+        self._runtime = runtime
+        self._policy = runtime.policy
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._began = time.perf_counter()
+        self._first = 0.0
+        self._last = 0.0
+        self._headers: Headers | None = None
+        self._id = ""
+        self._input = 0
+        self._started = False
+        self._settled = False
+        self._sent: list[bytes] | None = None
+        self._trace: Trace | None = None
+        self._answer: Answer | None = None
+        self._watch: asyncio.Task[Message] | None = None
+        self.admission: Admission | None = None
+        self.attempts = 0
+        self.backend = ""
+        self.cached = ""
+        self.caller: Caller | None = None
+        self.code = ""
+        self.content: dict[str, Any] | None = None
+        self.estimated = False
+        self.events = 0
+        self.findings: list[Finding] = []
+        self.gone = False
+        self.model = ""
+        self.operation: Operation | None = None
+        #: A backend has the request: its tokens count even when nobody reads the answer.
+        self.reached = False
+        self.retain = True
+        self.route: Route | None = None
+        self.status = 0
+        self.stream = False
+        self.usage: tuple[int, int] | None = None
+        self.variant = ""
+
+    async def run(self) -> None:
+        """Answer the request, whatever happens."""
+        self._runtime.metrics.entered()
+        try:
+            await self._handle()
+        except GatewayError as error:
+            await self._fail(error)
+        except ClientGone:
+            self.gone = True
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self.gone or task is None:
+                raise
+            task.uncancel()
+        except Exception as error:
+            self._runtime.logs.exception("a request failed inside the gateway", error=error, request_id=self._id)
+            await self._fail(GatewayError("The gateway failed on this request."))
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+            if self._answer is not None:
+                await self._answer.close()
+            self._finish()
+
+    # --- from the request to the backend
+
+    async def _handle(self) -> None:
+        runtime = self._runtime
+        scope = self._scope
+        self._id = "req_" + hex(id(self))[2:]
+        headers = self._headers = Headers(scope["headers"])
+        self._id = request.request_id(headers)
+        self.operation = operation = request.operation_of(scope["method"], scope["path"])
+        runtime.audit.check()
+        if runtime.tracing.enabled:
+            self._trace = runtime.tracing.begin(scope["method"], scope["path"], headers.known)
+        authorization = headers.known.get(b"authorization")
+        now = time.time()
+        try:
+            self.caller = await runtime.authenticator.authenticate(
+                self._policy, authorization, runtime.dynamic.revoked, now
+            )
+        except GatewayError as error:
+            runtime.metrics.auth_failure(error.code or "invalid_api_key")
+            raise
+        if operation == "models":
+            await self._models()
+            return
+        server = self._policy.config.server
+        body = await request.read_body(self._receive, headers, server.max_body_bytes, server.client_read_timeout_s)
+        decoded: dict[str, Any] | None = None
+        if operation == "files":
+            named = headers.text(b"x-rayplane-model") or self._only_route(operation)
+        elif operation == "audio" and not scope["path"].endswith("/speech"):
+            named = request.form_model(headers.known.get(b"content-type", b""), body)
+        else:
+            decoded = request.decode(body)
+            named = request.model_of(decoded)
+            if body.count(b'"model"') > 1 or (self.caller.max_tokens is not None and body.count(b"max_") > 1):
+                # Perhaps the same name twice: readers differ in which one counts, so there is one reading for all.
+                body = msgspec.json.encode(decoded)
+        await self._ask(body, decoded, named)
+
+    def _only_route(self, operation: Operation) -> str:
+        config = self._policy.config
+        able = [name for name, route in config.routes.items() if self._opened(operation, route)]
+        if len(able) != 1:
+            raise InvalidRequest("Name the model whose backend keeps the files: header x-rayplane-model.")
+        return able[0]
+
+    def _opened(self, operation: Operation, route: Route) -> bool:
+        return operation in route.operations or operation in self._policy.config.open_operations
+
+    async def _ask(self, body: bytes, decoded: dict[str, Any] | None, named: str) -> None:
+        runtime, policy, caller, operation, headers = (
+            self._runtime,
+            self._policy,
+            self.caller,
+            self.operation,
+            self._headers,
+        )
+        assert caller is not None and operation is not None and headers is not None
+        found = policy.route(named)
+        if found is None:
+            authorise.authorise(caller, operation, named, None, decoded)
+            raise _no_model(named)
+        model, route = found
+        changes = authorise.authorise(caller, operation, model, route, decoded)
+        self.model, self.route = model, route
+        if not self._opened(operation, route):
+            raise PermissionDenied(f"The model {self.model} does not offer {operation}.", code="operation_not_offered")
+        rewritten = False
+        if decoded is not None and changes:
+            decoded = {**decoded, **changes}
+            rewritten = True
+        self.retain = (
+            caller.retain
+            and headers.known.get(b"x-rayplane-retain") != b"false"
+            and (decoded is None or decoded.get("store") is not False)
+        )
+        self.stream = decoded is not None and request.flag(decoded, "stream")
+        tokens, cost = self._estimate(route, operation, decoded, body)
+        try:
+            self.admission = await runtime.limiter.admit(
+                subjects(policy, caller, self.model, route), tokens=tokens, cost_micro=cost
+            )
+        except LimitReached as error:
+            runtime.metrics.limited(error.limit)
+            raise
+        if self.admission.degraded:
+            runtime.metrics.degraded_request()
+        self._watch_client()
+        chain = runtime.chain(caller.role_name, caller.role) if decoded is not None else None
+        about = None
+        if chain is not None and decoded is not None:
+            about = About(
+                request_id=self._id, client=caller.client, tenant=caller.tenant, model=self.model, retain=self.retain
+            )
+            if chain.has_input:
+                decoded, rewritten = await self._filter_request(chain, about, decoded, rewritten)
+        if rewritten:
+            body = msgspec.json.encode(decoded)
+        if runtime.audit.config.enabled and runtime.audit.config.content and self.retain:
+            self.content = {"request": decoded}
+            self._sent = []
+        await self._through_cache(body, decoded, chain, about)
+
+    async def _filter_request(
+        self, chain: Chain, about: About, decoded: dict[str, Any], rewritten: bool
+    ) -> tuple[dict[str, Any], bool]:
+        assert self.operation is not None
+        try:
+            changed, findings = await chain.request(self.operation, decoded, about)
+        except Blocked as error:
+            self._found(error.findings)
+            raise
+        self._found(findings)
+        return (decoded, rewritten) if changed is None else (changed, True)
+
+    def _found(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            self._runtime.metrics.finding(finding.filter, finding.action)
+        self.findings.extend(findings)
+
+    def _estimate(
+        self, route: Route, operation: Operation, decoded: dict[str, Any] | None, body: bytes
+    ) -> tuple[int, int]:
+        """Tokens and price (millionths) that a request probably takes."""
+        if decoded is None:
+            return 0, 0
+        took = self._input = request.input_tokens(decoded, body)
+        gives = request.output_tokens(operation, decoded, route.assumed_output_tokens)
+        return took + gives, _price(route, took, gives)
+
+    def _watch_client(self) -> None:
+        """Stop working when the caller hangs up."""
+        task = asyncio.current_task()
+        assert task is not None
+        watch = self._watch = asyncio.ensure_future(self._receive())
+
+        def ended(done: asyncio.Future[Message]) -> None:
+            if not done.cancelled() and not self.gone and self._watch is not None:
+                self.gone = True
+                task.cancel()
+
+        watch.add_done_callback(ended)
+
+    async def _through_cache(
+        self, body: bytes, decoded: dict[str, Any] | None, chain: Chain | None, about: About | None
+    ) -> None:
+        runtime, caller, operation = self._runtime, self.caller, self.operation
+        assert caller is not None and operation is not None and self._headers is not None
+        config = self._policy.config.cache
+        asked = self._headers.text(b"x-rayplane-cache")
+        key = None
+        skipped = asked == "skip" and caller.role.choose_backend
+        if config.enabled and decoded is not None and self.retain and not skipped and len(body) <= _CACHED_BYTES:
+            key = runtime.cache.key_of(
+                config,
+                caller,
+                self.model,
+                operation,
+                decoded,
+                runtime.answers_version,
+                asked=asked == "use",
+                extra=self._chosen(),
+            )
+        if key is None:
+            await self._forward(body, decoded, chain, about, None)
+            return
+        found = await runtime.cache.lookup(key)
+        if isinstance(found, Entry):
+            self.cached = found.how
+            runtime.metrics.cache(found.how)
+            await self._replay(found)
+            return
+        self.cached = "miss"
+        runtime.metrics.cache("miss")
+        try:
+            await self._forward(body, decoded, chain, about, found)
+        finally:
+            found.release()
+
+    def _chosen(self) -> str:
+        """What of the request decides about the backend, besides the route."""
+        assert self.caller is not None and self.route is not None and self._headers is not None
+        canary = self._headers.text(self.route.canary.header.encode()) if self.route.canary else ""
+        backend = self._headers.text(b"x-rayplane-backend") if self.caller.role.choose_backend else ""
+        return f"{canary}\n{backend}" if canary or backend else ""
+
+    async def _replay(self, entry: Entry) -> None:
+        self.usage = entry.usage
+        headers = [(b"content-type", _EVENTS if entry.stream else b"application/json"), *self._own_headers()]
+        if not entry.stream:
+            headers.append((b"content-length", b"%d" % len(entry.body)))
+        await self._start(entry.status, headers)
+        for piece in entry.pieces():
+            self._time_piece()
+            await self._body(piece, more=True)
+        await self._body(b"", more=False)
+
+    async def _forward(
+        self,
+        body: bytes,
+        decoded: dict[str, Any] | None,
+        chain: Chain | None,
+        about: About | None,
+        lead: Lead | None,
+    ) -> None:
+        runtime, caller, operation, route, headers = (
+            self._runtime,
+            self.caller,
+            self.operation,
+            self.route,
+            self._headers,
+        )
+        assert caller is not None and operation is not None and route is not None and headers is not None
+        counted = self.stream and operation in request.CHUNKED and decoded is not None
+        if counted and decoded is not None:
+            backends = self._policy.config.backends
+            continuous = all(backends[target.backend].continuous_usage for target in route.backends)
+            body = request.with_usage(body, decoded, continuous)
+        call = Call(
+            route_id=self.model,
+            route=route,
+            method=self._scope["method"],
+            path=self._scope["path"],
+            query=self._scope.get("query_string", b""),
+            headers=[*headers.forwarded, (b"x-request-id", self._id.encode())],
+            body=body,
+            decoded=decoded,
+            stream=self.stream,
+            caller_id=caller.id,
+            sticky=headers.text(route.sticky_header.encode()) if route.sticky == "header" else caller.id,
+            canary=headers.text(route.canary.header.encode()) if route.canary else None,
+            backend=headers.text(b"x-rayplane-backend") or None if caller.role.choose_backend else None,
+            request_id=self._id,
+        )
+        if self._trace is not None:
+            call.headers = self._trace.onward(call.headers, operation, self.model, decoded)
+        runtime.metrics.overhead(time.perf_counter() - self._began)
+        self.reached = True
+        try:
+            answer = self._answer = await runtime.router.open(call)
+        except GatewayError:
+            # No backend answered: nothing was generated that could be read.
+            self.reached = False
+            raise
+        self.backend, self.variant, self.attempts = answer.backend, answer.variant, answer.attempts
+        kind = next((value for name, value in answer.headers if name == b"content-type"), b"")
+        if answer.status == 200 and self.stream and kind.startswith(_EVENTS):
+            await self._relay(
+                answer,
+                counted,
+                wants=request.wants_usage(decoded or {}),
+                chain=chain,
+                about=about,
+                lead=lead,
+            )
+        elif operation in request.CLOSED and not kind.startswith(b"application/json"):
+            await self._pass_on(answer)
+        else:
+            await self._whole(answer, kind, chain, about, lead)
+
+    # --- from the backend to the caller
+
+    async def _whole(
+        self, answer: Answer, kind: bytes, chain: Chain | None, about: About | None, lead: Lead | None
+    ) -> None:
+        assert self.operation is not None
+        body = await answer.read(MAX_ANSWER)
+        self._first = time.perf_counter()
+        filtered = False
+        if answer.status == 200:
+            if kind.startswith(b"application/json"):
+                try:
+                    usage = request.usage_of(body)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    raise BackendFailed("The backend's answer is no JSON object.") from None
+                self.usage = usage.counts() if usage is not None else self._guess(len(body))
+                if chain is not None and chain.has_output and about is not None:
+                    changed, findings = await self._filter_answer(chain, about, request.decode(body))
+                    filtered = bool(findings)
+                    if changed is not None:
+                        body = msgspec.json.encode(changed)
+            elif self.operation not in request.CLOSED:
+                raise BackendFailed("The backend's answer is no JSON.")
+        else:
+            self.code = "backend_error"
+            self.usage = (0, 0)
+        headers = [*_returned(answer.headers), *self._own_headers(), (b"content-length", b"%d" % len(body))]
+        if lead is not None and answer.status == 200 and not filtered:
+            await lead.put(Entry(status=200, headers=[_JSON], body=body, stream=False, usage=self.usage or (0, 0)))
+        await self._start(answer.status, headers)
+        await self._body(body, more=False)
+
+    async def _filter_answer(
+        self, chain: Chain, about: About, body: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, list[Finding]]:
+        assert self.operation is not None
+        try:
+            changed, findings = await chain.answer(self.operation, body, about)
+        except Blocked as error:
+            self._found(error.findings)
+            raise
+        self._found(findings)
+        return changed, findings
+
+    async def _pass_on(self, answer: Answer) -> None:
+        """Bytes that the gateway does not look into (sound, files)."""
+        await self._start(answer.status, [*_returned(answer.headers), *self._own_headers()])
+        async for piece in answer.pieces():
+            self._time_piece()
+            await self._body(piece, more=True)
+        await self._body(b"", more=False)
+
+    async def _relay(
+        self,
+        answer: Answer,
+        counted: bool,
+        *,
+        wants: Literal["none", "last", "all"],
+        chain: Chain | None,
+        about: About | None,
+        lead: Lead | None,
+    ) -> None:
+        """Server-sent events, piece by piece, as they come."""
+        assert self.operation is not None
+        events = Events()
+        filtered = None
+        if chain is not None and chain.has_output and about is not None:
+            filtered = chain.stream(self.operation, about)
+        kept: list[bytes] | None = [] if lead is not None else None
+        size, limit = 0, self._policy.config.cache.max_entry_bytes
+        done = False
+        await self._start(200, [*_returned(answer.headers), *self._own_headers()])
+        async for piece in answer.pieces():
+            self._time_piece()
+            out: list[bytes] = []
+            for event in events.feed(piece):
+                if is_done(event):
+                    done = True
+                elif counted:
+                    event = self._count(event, wants)  # noqa: PLW2901
+                    if not event:
+                        continue
+                elif b'"usage"' in event:
+                    self._usage_event(event)
+                else:
+                    self.events += 1
+                if filtered is None:
+                    out.append(event)
+                    continue
+                out.extend(await self._filter_event(filtered, event, done))
+                if filtered.blocked:
+                    break
+            if filtered is not None and filtered.blocked:
+                await self._stop(answer, filtered, out)
+                return
+            if out:
+                text = b"".join(out)
+                if kept is not None:
+                    size += len(text)
+                    kept.append(text)
+                    if size > limit:
+                        kept = None
+                await self._body(text, more=True)
+        rest = events.rest()
+        if filtered is not None:
+            held = [] if done else [_encode(self.operation, one) for one in await filtered.finish()]
+            if filtered.blocked:
+                await self._stop(answer, filtered, held)
+                return
+            self._found(filtered.findings)
+            rest = b"".join(held)
+        if self.usage is None:
+            self.usage = self._guess(0)
+        if lead is not None and kept is not None and done and not (filtered and filtered.findings):
+            await lead.put(
+                Entry(
+                    status=200,
+                    headers=[(b"content-type", _EVENTS)],
+                    body=b"".join(kept),
+                    stream=True,
+                    usage=self.usage,
+                )
+            )
+        await self._body(rest, more=False)
+
+    def _count(self, event: bytes, wants: Literal["none", "last", "all"]) -> bytes:
+        """Take the usage out of an event that only the gateway asked for; empty: the whole event was ours."""
+        self.events += 1
+        if b'"usage"' not in event:
+            return event
+        text, usage = cut_usage(event)
+        if usage is not None:
+            self.usage = usage.counts()
+        final = b'"choices":[]' in event or b'"choices": []' in event
+        if final:
+            self.events -= 1
+            return event if wants != "none" else b""
+        # A `"usage":null` is what OpenAI puts there for those who asked.
+        return event if wants == "all" or (wants == "last" and usage is None) else text
+
+    def _usage_event(self, event: bytes) -> None:
+        """Usage where the API puts it of its own accord (the responses API's last event)."""
+        self.events += 1
+        text = data(event)
+        if text is None:
+            return
+        try:
+            decoded = request.decode(text)
+        except InvalidRequest:
+            return
+        usage = decoded.get("usage") or (decoded.get("response") or {}).get("usage")
+        if isinstance(usage, dict):
+            try:
+                self.usage = msgspec.convert(usage, request.Usage).counts()
+            except msgspec.ValidationError:
+                return
+
+    async def _stop(self, answer: Answer, filtered: StreamFilter, last: list[bytes]) -> None:
+        """End a stream that a filter blocked; the backend need not go on."""
+        self.code = "content_filter"
+        self._found(filtered.findings)
+        await answer.close()
+        done = b"data: [DONE]\n\n" if self.operation in request.CHUNKED else b""
+        await self._body(b"".join(last) + done, more=False)
+
+    async def _filter_event(self, filtered: StreamFilter, event: bytes, done: bool) -> list[bytes]:
+        assert self.operation is not None
+        if done:
+            held = [_encode(self.operation, one) for one in await filtered.finish()]
+            return held if filtered.blocked else [*held, event]
+        text = data(event)
+        if text is None:
+            return [event]
+        try:
+            chunk = request.decode(text)
+        except InvalidRequest:
+            raise BackendFailed("The backend sent an event that is no JSON object.") from None
+        return [_encode(self.operation, one) for one in await filtered.feed(chunk)]
+
+    def _time_piece(self) -> None:
+        now = time.perf_counter()
+        if not self._first:
+            self._first = now
+            self._runtime.metrics.first_token(self.model, now - self._began)
+        else:
+            self._runtime.metrics.inter_token(self.model, now - self._last)
+        self._last = now
+
+    def _guess(self, size: int) -> tuple[int, int]:
+        """Tokens where the backend told none: an event is about a token."""
+        self.estimated = True
+        return self._input, self.events or size // request.BYTES_PER_TOKEN
+
+    # --- what the caller gets
+
+    async def _models(self) -> None:
+        assert self.caller is not None
+        authorise.authorise(self.caller, "models", None, None, None)
+        names = authorise.visible_models(self.caller, self._policy)
+        created = int(self._runtime.started)
+        cards = [{"id": name, "object": "model", "created": created, "owned_by": "rayplane"} for name in names]
+        path: str = self._scope["path"]
+        if path == "/v1/models":
+            body = msgspec.json.encode({"object": "list", "data": cards})
+        else:
+            asked = path.removeprefix("/v1/models/")
+            found = self._policy.route(asked)
+            card = next((one for one in cards if found is not None and one["id"] == found[0]), None)
+            if card is None:
+                raise _no_model(asked)
+            body = msgspec.json.encode(card)
+        await self._start(200, [_JSON, *self._own_headers(), (b"content-length", b"%d" % len(body))])
+        await self._body(body, more=False)
+
+    def _own_headers(self) -> list[Header]:
+        headers = [(b"x-request-id", self._id.encode())]
+        if self.admission is not None:
+            headers += self.admission.headers
+            if self.admission.degraded:
+                headers.append((b"x-rayplane-limits", b"local"))
+        if self.cached:
+            headers.append((b"x-rayplane-cache", self.cached.encode()))
+        if self.variant == "canary":
+            headers.append((b"x-rayplane-variant", b"canary"))
+        if self.backend and self.caller is not None and self.caller.role.choose_backend:
+            headers.append((b"x-rayplane-backend", self.backend.encode()))
+        return headers
+
+    async def _start(self, status: int, headers: list[Header]) -> None:
+        self.status = status
+        self._started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        if self._sent is not None:
+            self._sent.append(body)
+        message = {"type": "http.response.body", "body": body, "more_body": more}
+        if not more:
+            # Before the caller can ask again: its next request must find this one's place free.
+            self._settle()
+            # The watch would take the end of the answer for the end of the caller.
+            watch, self._watch = self._watch, None
+            if watch is not None:
+                watch.cancel()
+        try:
+            async with asyncio.timeout(self._policy.config.server.client_write_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            self.code = "client_too_slow"
+            raise ClientGone from None
+
+    async def _fail(self, error: GatewayError) -> None:
+        """Tell the caller, in OpenAI's shape; within a stream as an event."""
+        self.code = error.code or error.type
+        body = error.body()
+        try:
+            if self._started:
+                await self._body(b"data: " + body + b"\n\n", more=False)
+                return
+            named = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            own = self._own_headers()
+            given = {name for name, _ in named}
+            headers = [
+                _JSON,
+                *(one for one in own if one[0] not in given),
+                *named,
+                (b"content-length", b"%d" % len(body)),
+            ]
+            if error.status == 401:
+                headers.append((b"www-authenticate", b"Bearer"))
+            if error.status in (408, 413):
+                # What is left of the body is not read.
+                headers.append((b"connection", b"close"))
+            await self._start(error.status, headers)
+            await self._body(body, more=False)
+        except ClientGone:
+            self.gone = True
+
+    # --- what is written down
+
+    def _settle(self) -> None:
+        """Tell the limits what the request used. Only the first call counts."""
+        runtime, caller, admission = self._runtime, self.caller, self.admission
+        if admission is None or caller is None or self._settled:
+            return
+        self._settled = True
+        if self.usage is None:
+            if not self.reached:
+                runtime.limiter.settle(admission, usage=None)
+                return
+            self.usage = self._guess(0)
+        took, gave = self.usage
+        cached = self.cached not in ("", "miss")
+        runtime.limiter.settle(
+            admission,
+            usage=Used(
+                caller_id=caller.id,
+                client=caller.client,
+                tenant=caller.tenant,
+                model=self.model,
+                input_tokens=took,
+                output_tokens=gave,
+                cost_micro=_price(self.route, took, gave),
+                cached=cached,
+                charged=not cached or self._policy.config.cache.count_hits,
+                aborted=self.gone,
+                estimated=self.estimated,
+            ),
+        )
+        runtime.metrics.tokens(self.model, took, gave, "cache" if cached else "backend")
+
+    def _finish(self) -> None:
+        runtime, caller = self._runtime, self.caller
+        runtime.metrics.left()
+        seconds = time.perf_counter() - self._began
+        self._settle()
+        took, gave = self.usage or (0, 0)
+        if self.gone:
+            runtime.metrics.aborted(self.model)
+        status = 499 if self.gone and not (self._started and self.status >= 400) else self.status
+        operation = self.operation or ""
+        runtime.metrics.request(operation, self.model, status, seconds)
+        client = caller.client if caller is not None else ""
+        record: dict[str, Any] = {
+            "request_id": self._id,
+            "operation": operation,
+            "model": self.model,
+            "status": status,
+            "success": 200 <= status < 300 and not self.code,
+            "client": client,
+            "tenant": caller.tenant if caller is not None else "",
+            "key": caller.id if caller is not None else "",
+            "backend": self.backend,
+            "input_tokens": took,
+            "output_tokens": gave,
+            "latency_ms": round(seconds * 1000, 3),
+            "stream": self.stream,
+        }
+        if self._first:
+            record["ttft_ms"] = round((self._first - self._began) * 1000, 3)
+        if self.code:
+            record["error"] = self.code
+        if self.cached:
+            record["cache"] = self.cached
+        if self.variant == "canary":
+            record["variant"] = self.variant
+        if self.findings:
+            record["findings"] = [
+                {"filter": one.filter, "kind": one.kind, "action": one.action} for one in self.findings
+            ]
+        if self.estimated:
+            record["estimated"] = True
+        if self._trace is not None:
+            record["trace_id"] = self._trace.trace_id
+            self._trace.end(record)
+        runtime.logs.request(record)
+        audit = runtime.audit.config
+        if audit.enabled and audit.requests:
+            if self.content is not None and self._sent is not None:
+                record = {
+                    **record,
+                    "content": {**self.content, "answer": b"".join(self._sent).decode("utf-8", "replace")},
+                }
+            runtime.audit_request(record)
+
+
+def _price(route: Route | None, took: int, gave: int) -> int:
+    """Millionths of the currency: prices are for a million tokens."""
+    if route is None:
+        return 0
+    return math.ceil(took * route.price.input + gave * route.price.output)
+
+
+def _returned(headers: list[Header]) -> list[Header]:
+    return [one for one in headers if one[0] in request.RETURNED]
+
+
+def _encode(operation: Operation, event: dict[str, Any]) -> bytes:
+    text = b"data: " + msgspec.json.encode(event) + b"\n\n"
+    kind = event.get("type")
+    if operation == "responses" and isinstance(kind, str):
+        return b"event: " + kind.encode() + b"\n" + text
+    return text
+
+
+def _no_model(named: str) -> NotFound:
+    shown = "".join(one if one.isprintable() else "?" for one in named[:128])
+    return NotFound(f"The model `{shown}` does not exist or you do not have access to it.", param="model")
