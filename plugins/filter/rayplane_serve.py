@@ -65,9 +65,11 @@ def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
     return int(engine.get("tensor_parallel_size", 1)), int(engine.get("pipeline_parallel_size", 1))
 
 
-def rayservice_routes(models: Sequence[Json]) -> dict[str, str]:
+def rayservice_routes(models: Sequence[Json], gateway: bool = False) -> dict[str, str]:
     """Route prefix of each model: ``/`` for a model that stands alone, ``/<id>`` beside others, or what the model says
-    itself."""
+    itself. The ``gateway`` has all models at ``/``."""
+    if gateway:
+        return {model["id"]: "/" for model in models}
     alone = len(models) == 1
     return {model["id"]: model.get("route_prefix") or ("/" if alone else f"/{model['id']}") for model in models}
 
@@ -515,9 +517,9 @@ def rayservice_alignment(objects: Sequence[Json]) -> list[Json]:
     return rules
 
 
-def smoke_questions(models: Sequence[Json]) -> list[Json]:
+def smoke_questions(models: Sequence[Json], gateway: bool = False) -> list[Json]:
     """What openai_smoke asks: each model's id and route prefix, with what its ``verify`` says."""
-    routes = rayservice_routes(models)
+    routes = rayservice_routes(models, gateway)
     return [{"id": model["id"], "route_prefix": routes[model["id"]], **(model.get("verify") or {})} for model in models]
 
 

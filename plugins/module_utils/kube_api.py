@@ -37,6 +37,10 @@ class KubeError(Exception):
     """The cluster cannot be reached, or its configuration cannot be read."""
 
 
+class NoKubeconfigError(KubeError):
+    """There is no kubeconfig where one was looked for."""
+
+
 class ApiError(KubeError):
     """The API server refused a request. ``status`` is the HTTP status, ``body`` the server's Status object."""
 
@@ -112,7 +116,7 @@ def _read_kubeconfigs(paths: str) -> tuple[Json, Path]:
             merged[key] += [entry for entry in content.get(key) or [] if entry["name"] not in known]
         merged["current-context"] = merged["current-context"] or content.get("current-context", "")
     if base is None:
-        raise KubeError(
+        raise NoKubeconfigError(
             "no kubeconfig can be read ("
             + "; ".join(problems)
             + "). Set platform_kubeconfig or KUBECONFIG to one that can."
@@ -243,14 +247,16 @@ class Cluster:
     ``warnings`` collects the API server's own Warning headers, each once.
     """
 
-    def __init__(self, connection: Connection, timeout: float = 60.0) -> None:
+    def __init__(self, connection: Connection, timeout: float = 60.0, retries: int = 3) -> None:
         self.connection = connection
         self.warnings: list[str] = []
         self._discovered: dict[str, dict[str, Resource]] = {}
         options: Json = {
             "maxsize": 8,
             "timeout": urllib3.Timeout(connect=10.0, read=timeout),
-            "retries": urllib3.Retry(total=3, connect=2, read=0, backoff_factor=0.3, allowed_methods=None),
+            "retries": urllib3.Retry(
+                total=retries, connect=min(retries, 2), read=0, backoff_factor=0.3, allowed_methods=None
+            ),
         }
         if connection.server.startswith("https"):
             options |= {
@@ -276,12 +282,13 @@ class Cluster:
         query: dict[str, str] | None = None,
         *,
         content_type: str = "application/json",
+        headers: dict[str, str] | None = None,
         raw: bool = False,
     ) -> Any:
         """One request; the decoded JSON (text where ``raw``). Raises ApiError on a refusal, KubeError when nothing
-        answers."""
+        answers. ``headers`` are further ones, for what is asked through the API server's proxy."""
         url = self.connection.server + path + ("?" + urlencode(query) if query else "")
-        headers = {"Accept": "application/json", **self.connection.headers}
+        headers = {"Accept": "application/json", **self.connection.headers, **(headers or {})}
         payload = None
         if body is not None:
             payload = json.dumps(body).encode()
@@ -379,3 +386,14 @@ class Cluster:
         except KubeError as error:
             return f"[no log: {error}]"
         return text.rstrip()
+
+
+class ClusterToCome(Cluster):
+    """A cluster that an earlier stage would make: what check mode compares with before the first run. Knows no kind."""
+
+    def __init__(self) -> None:
+        super().__init__(Connection(server="http://cluster-to-come.invalid"))
+
+    def resource(self, api_version: str, kind: str, refresh: bool = False) -> Resource | None:
+        """None: nothing is there yet."""
+        return None

@@ -33,6 +33,8 @@ _FAILED = "DEPLOY_FAILED"
 _FAILED_PATIENCE_S = 60.0
 # Applied before everything else, in this order: others live in them or are instances of them.
 _FIRST = ("Namespace", "CustomResourceDefinition")
+# Kinds whose fields are fixed for life, while nothing that was made with an object needs it any more.
+_REPLACED = ("StorageClass",)
 # Lists whose entries have a name of their own, for alignment.
 _ENTRY_KEYS = ("name", "groupName")
 
@@ -267,6 +269,16 @@ class ApplySet:
             namespace = meta.get("namespace")
             if self.dry_run and error.status == 404 and namespace and not self._namespace_exists(namespace):
                 return "created", None, item
+            if (
+                self.dry_run
+                and error.status == 422
+                and item["kind"] == "Service"
+                and self._port_moves(item, str(error))
+            ):
+                return ("created" if live is None else "updated"), live, item
+            ours = live is not None and (live["metadata"].get("labels") or {}).get(PART_OF) == self.labels.get(PART_OF)
+            if error.status == 422 and item["kind"] in _REPLACED and ours:
+                return self._replace(resource, live, item)
             raise ApplyError(f"{label_of(item)}: {error}") from error
         if live is None:
             self._seen.pop(label_of(item), None)
@@ -276,11 +288,30 @@ class ApplySet:
             self._seen.pop(label_of(item), None)
         return kind, live, after
 
+    def _port_moves(self, item: Json, said: str) -> bool:
+        """Whether a node port is refused only because another Service of ours has it, which an earlier stage of the
+        same deployment would make give it up."""
+        if "port is already allocated" not in said:
+            return False
+        wanted = {port["nodePort"] for port in item["spec"].get("ports", []) if port.get("nodePort")}
+        ours = self.cluster.list(
+            Resource("v1", "Service", "services", True), selector=f"{PART_OF}={self.labels[PART_OF]}"
+        )
+        return bool(wanted & {port.get("nodePort") for live in ours for port in live["spec"].get("ports", [])})
+
+    def _replace(self, resource: Resource, live: Json | None, item: Json) -> tuple[str, Json | None, Json]:
+        """Delete an object of ours whose fields are fixed for life and make it anew."""
+        if self.dry_run:
+            return "updated", live, item
+        self.cluster.delete(resource, None, item["metadata"]["name"])
+        self._seen.pop(label_of(item), None)
+        return "updated", live, self.cluster.apply(resource, item, self.manager)
+
     def align(self, rules: Iterable[Json]) -> None:
         """Repair fields of objects that an operator derived from ours and does not keep up to date itself.
 
-        A rule names the objects (``api_version``, ``kind``, ``namespace``, and ``name`` or ``selector``) and the
-        fields (``merge``).
+        A rule names the objects (``api_version``, ``kind``, ``namespace``, and ``name`` or ``selector``, and ``where``,
+        fields that they have) and the fields (``merge``).
         Nothing is created, and an entry of a list that the object lacks is left out.
         """
         for rule in rules:
@@ -295,6 +326,8 @@ class ApplySet:
                 raise
             for live in found:
                 if rule.get("name") and live["metadata"]["name"] != rule["name"]:
+                    continue
+                if not contains(live, rule.get("where") or {}):
                     continue
                 after = merged(live, rule["merge"])
                 if after == live or live["metadata"].get("deletionTimestamp"):
@@ -311,8 +344,8 @@ class ApplySet:
         """Delete what carries the set's labels, is of the given kinds, and is not in ``keep``. Returns what was
         deleted.
 
-        Objects that something else owns (``ownerReferences``) are left to their owner, and ``protected`` names are
-        never deleted.
+        Objects that something else owns (``ownerReferences``) are left to their owner, ``protected`` names are never
+        deleted, and a CRD of which objects are left stays: deleting it would delete them.
         """
         kept = {(item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"]) for item in keep}
         gone = []
@@ -325,6 +358,8 @@ class ApplySet:
                 if (live["kind"], meta.get("namespace"), meta["name"]) in kept or meta["name"] in protected:
                     continue
                 if meta.get("ownerReferences") or meta.get("deletionTimestamp"):
+                    continue
+                if live["kind"] == "CustomResourceDefinition" and self._in_use(live):
                     continue
                 if not self.dry_run:
                     self.cluster.delete(resource, meta.get("namespace"), meta["name"])
@@ -477,6 +512,34 @@ def deployment_state(cluster: Cluster, live: Json) -> str | None:
     return None
 
 
+def daemonset_state(cluster: Cluster, live: Json) -> str | None:
+    """A DaemonSet is ready when the current generation's pods are available on every node that they belong on.
+
+    Where no node is one of those (no GPU node yet, say), there is nothing to wait for.
+    """
+    status = live.get("status", {})
+    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
+        return "the controller has not seen the change"
+    wanted = status.get("desiredNumberScheduled", 0)
+    if status.get("updatedNumberScheduled", 0) < wanted or status.get("numberAvailable", 0) < wanted:
+        return (
+            f"{status.get('numberAvailable', 0)} of {wanted} pods available, "
+            f"{status.get('updatedNumberScheduled', 0)} up to date"
+        )
+    return None
+
+
+def statefulset_state(cluster: Cluster, live: Json) -> str | None:
+    """A StatefulSet is ready when the current revision's replicas are all ready."""
+    status, wanted = live.get("status", {}), live["spec"].get("replicas", 1)
+    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
+        return "the controller has not seen the change"
+    if status.get("updatedReplicas", 0) < wanted or status.get("readyReplicas", 0) < wanted:
+        up_to_date = status.get("updatedReplicas", 0)
+        return f"{status.get('readyReplicas', 0)} of {wanted} replicas ready, {up_to_date} up to date"
+    return None
+
+
 def rayservice_state(cluster: Cluster, live: Json) -> str | None:
     """A RayService is ready when its current generation serves: no upgrade under way and each declared application
     RUNNING.
@@ -528,8 +591,10 @@ def rayservice_state(cluster: Cluster, live: Json) -> str | None:
 
 READY: dict[str, Callable[[Cluster, Json], str | None]] = {
     "CustomResourceDefinition": crd_state,
+    "DaemonSet": daemonset_state,
     "Deployment": deployment_state,
     "RayService": rayservice_state,
+    "StatefulSet": statefulset_state,
 }
 
 

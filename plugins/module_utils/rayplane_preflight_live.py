@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible.module_utils.kube_api import ApiError, Cluster, KubeError, connection_from_environment, forget_temporary
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
@@ -203,31 +204,27 @@ def _context(path: str, merged: Mapping[str, Sequence[Any]], name: str, variable
 
 
 def check_cluster(path: str, context: str) -> Iterator[Problem]:
-    """The API server of the kubeconfig's context answers, and knows the user."""
-    import urllib3.exceptions  # noqa: PLC0415
-    from kubernetes import client, config  # noqa: PLC0415 - a fifth of a second, and only where a cluster is to be asked
-
+    """The API server of the kubeconfig's context answers, and knows the user; asked by the client of the modules."""
     name = "platform_kubeconfig"
     try:
-        settings = client.Configuration()
-        config.load_kube_config(
-            config_file=path, context=context or None, client_configuration=settings, persist_config=False
-        )
-    except (config.ConfigException, OSError, ValueError) as error:
+        connection = connection_from_environment(path, context or None)
+        for file in (connection.ca_file, connection.cert_file, connection.key_file):
+            if file and not Path(file).is_file():
+                raise KubeError(f"there is no file {file}")
+    except (KubeError, OSError, LookupError, ValueError) as error:
         yield Problem(
             name,
             path,
             f"the Kubernetes client cannot use it: {_sentence(error)}",
             "correct the entry, or write the kubeconfig again",
         )
+        forget_temporary()
         return
-    settings.retries = False
-    server = settings.host
+    server = connection.server
     try:
-        with client.ApiClient(settings) as api:
-            # Discovery needs a user that the server knows, and no right beyond that.
-            client.CoreApi(api).get_api_versions(_request_timeout=(_PATIENCE, _PATIENCE))
-    except client.ApiException as error:
+        # Discovery needs a user that the server knows, and no right beyond that.
+        Cluster(connection, timeout=_PATIENCE, retries=0).request("GET", "/api")
+    except ApiError as error:
         if error.status in (401, 403):
             cure = "log in again, or name another context in platform_kube_context"
             yield Problem(name, path, f"{server} refuses the kubeconfig's user ({error.status} {error.reason})", cure)
@@ -238,20 +235,24 @@ def check_cluster(path: str, context: str) -> Iterator[Problem]:
                 f"{server} answers {error.status} {error.reason}",
                 "wait until the API server is ready, and look at its log",
             )
-    except urllib3.exceptions.SSLError as error:
-        yield Problem(
-            name,
-            path,
-            f"the certificate of {server} does not fit the kubeconfig: {_sentence(error)}",
-            "the kubeconfig is another cluster's, or old: write it again",
-        )
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        yield Problem(
-            name,
-            path,
-            f"no API server answers at {server}: {_sentence(error)}",
-            "start the cluster, connect to its network, or name another context in platform_kube_context",
-        )
+    except KubeError as error:
+        reason = _sentence(error.__cause__ or error)
+        if "certificate" in reason.lower() or "ssl" in reason.lower():
+            yield Problem(
+                name,
+                path,
+                f"the certificate of {server} does not fit the kubeconfig: {reason}",
+                "the kubeconfig is another cluster's, or old: write it again",
+            )
+        else:
+            yield Problem(
+                name,
+                path,
+                f"no API server answers at {server}: {reason}",
+                "start the cluster, connect to its network, or name another context in platform_kube_context",
+            )
+    finally:
+        forget_temporary()
 
 
 def check_model_folders(models: Any) -> Iterator[Problem]:
@@ -278,7 +279,7 @@ def check_model_folders(models: Any) -> Iterator[Problem]:
             )
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """An exception's text on one line, without the object addresses that some libraries put in."""
     text = " ".join(str(error).split())
     text = text.rsplit(">: ", maxsplit=1)[-1] if ">: " in text else text

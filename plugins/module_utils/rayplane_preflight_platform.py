@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ansible.module_utils.rayplane_eks import image_problem
 from ansible.module_utils.rayplane_network import plan_subnets
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_values import (
@@ -67,6 +68,11 @@ _INSTANCE_GPUS = {
     "p6-b200": {"48xlarge": 8},
     "p6-b300": {"48xlarge": 8},
 }
+
+#: Days that CloudWatch Logs may keep a log group. Source: its API reference, PutRetentionPolicy.
+_RETENTION = (
+    *(1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653),
+)
 
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d")
 _EKS_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}")
@@ -140,9 +146,8 @@ def _tags(tags: Any) -> Iterator[Problem]:
 
 def buckets(values: Values) -> Iterator[Problem]:
     """Names of the buckets."""
-    names = [
-        name for name in ("platform_models_bucket", "platform_datasets_bucket") if isinstance(values.get(name), str)
-    ]
+    all_names = ("platform_models_bucket", "platform_datasets_bucket", "platform_logs_bucket")
+    names = [name for name in all_names if isinstance(values.get(name), str)]
     for name in names:
         if found := bucket_name_problem(values[name]):
             yield Problem(name, values[name], found[0], found[1])
@@ -154,13 +159,15 @@ def buckets(values: Values) -> Iterator[Problem]:
                 f"prefer {values[name].replace('.', '-')}",
                 warning=True,
             )
-    if len(names) == 2 and values[names[0]] == values[names[1]]:
-        yield Problem(
-            names[1],
-            values[names[1]],
-            f"it is the name of {names[0]}, too, and they have different lifecycles",
-            "give each bucket its own name",
-        )
+    for number, name in enumerate(names):
+        same = next((other for other in names[:number] if values[other] == values[name]), None)
+        if same:
+            yield Problem(
+                name,
+                values[name],
+                f"it is the name of {same}, too, and they have different lifecycles",
+                "give each bucket its own name",
+            )
 
 
 def network(values: Values) -> Iterator[Problem]:
@@ -172,6 +179,7 @@ def network(values: Values) -> Iterator[Problem]:
         return
     zones = values.get("network_availability_zones")
     yield from _zones(zones, values.get("platform_region"))
+    yield from _access_and_logs(values)
     private = values.get("network_private_subnet_cidrs") or []
     public = values.get("network_public_subnet_cidrs") or []
     wrong = list(_cidrs("network_vpc_cidr", [cidr], single=True))
@@ -181,11 +189,21 @@ def network(values: Values) -> Iterator[Problem]:
     yield from _cidrs("eks_public_access_cidrs", values.get("eks_public_access_cidrs"))
     if service := values.get("eks_service_ipv4_cidr"):
         yield from _cidrs("eks_service_ipv4_cidr", [service], single=True)
-    if wrong or not (strings(zones) and strings(private) and strings(public)):
+    intra: Any = values.get("network_intra_subnet_cidrs") or []
+    if wrong or not all(map(strings, (zones, private, public, intra))):
         return
+    if values.get("network_existing_private_subnet_ids"):
+        return  # none are made
     try:
-        has_public = values.get("network_public_subnets") is not False
-        plan_subnets(cidr, zones, public=has_public, private_cidrs=private, public_cidrs=public)
+        plan_subnets(
+            cidr,
+            zones,
+            public=values.get("network_public_subnets") is not False,
+            private_cidrs=private,
+            public_cidrs=public,
+            intra=values.get("network_intra_subnets") is True,
+            intra_cidrs=intra,
+        )
     except ValueError as error:
         reason, _, cure = str(error).partition("; ")
         yield Problem("network_vpc_cidr", cidr, reason, cure or "change the zones or the block")
@@ -193,13 +211,44 @@ def network(values: Values) -> Iterator[Problem]:
 
 def _zones(zones: Any, region: Any) -> Iterator[Problem]:
     for index, zone in enumerate(zones if strings(zones) and isinstance(region, str) else ()):
-        if not zone.startswith(region):
+        if not zone.startswith(region) and not re.fullmatch(r"[a-z]", zone):
             yield Problem(
                 f"network_availability_zones[{index}]",
                 zone,
                 f"the zone is not in platform_region, which is {region}",
-                f"write {region}a, for example, or change platform_region",
+                f"write the zone's letter alone, or change platform_region ({region})",
             )
+
+
+def _access_and_logs(values: Values) -> Iterator[Problem]:
+    open_to = values.get("network_bastion_allowed_cidrs")
+    if values.get("network_admin_access") == "bastion" and strings(open_to) and "0.0.0.0/0" in open_to:
+        yield Problem(
+            "network_bastion_allowed_cidrs",
+            list(open_to),
+            "everybody on the internet may try the bastion's SSH",
+            "name your own networks, or use network_admin_access: ssm, which opens no port",
+            warning=True,
+        )
+    if values.get("network_flow_logs") is not True:
+        return
+    bucket, own = values.get("network_flow_logs_bucket"), values.get("platform_logs_bucket")
+    if values.get("network_flow_logs_destination") == "s3" and bucket and bucket == own:
+        yield Problem(
+            "network_flow_logs_bucket",
+            bucket,
+            "flow logs begin with the network, and this bucket is made after it",
+            "name a bucket that exists, or set network_flow_logs_destination to cloudwatch",
+        )
+    days = values.get("network_flow_logs_retention_days")
+    if whole(days) and days not in _RETENTION:
+        nearest_days = min(_RETENTION, key=lambda known: abs(known - days))
+        yield Problem(
+            "network_flow_logs_retention_days",
+            days,
+            "CloudWatch Logs does not know this retention",
+            f"write {nearest_days}",
+        )
 
 
 def _cidrs(variable: str, blocks: Any, single: bool = False) -> Iterator[Problem]:
@@ -249,12 +298,30 @@ def node_groups(values: Values) -> Iterator[Problem]:
         name = group.get("name")
         yield from taken_name(path, name, seen)
         types: Any = group.get("instance_types")
+        if strings(types):
+            yield from _image_and_capacity(path, group, types)
         for kind in types if strings(types) else ():
             gpus = gpus_of_instance(kind)
             most = None if gpus is None or most is None else max(most, gpus)
     # Where the kubeconfig is given, the nodes are another cluster's.
     if most is not None and values.get("kubeconfig_source") != "given":
         yield from _gpus_fit(values, most)
+
+
+def _image_and_capacity(path: str, group: Mapping[str, Any], types: Sequence[str]) -> Iterator[Problem]:
+    image = group.get("ami_type", "AL2023_x86_64_STANDARD")
+    if isinstance(image, str):
+        reason, _, cure = image_problem(image, types).partition(". Cure: ")
+        if reason:
+            yield Problem(f"{path}.ami_type", image, reason, cure or "take an image that fits")
+    if group.get("capacity_type") == "SPOT" and len(types) == 1:
+        yield Problem(
+            f"{path}.instance_types",
+            list(types),
+            "spot capacity of one type runs out as one",
+            "name several types of the same size, the preferred first",
+            warning=True,
+        )
 
 
 def _gpus_fit(values: Values, most: int) -> Iterator[Problem]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight_gateway import gateway
+from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
 from ansible.module_utils.rayplane_preflight_serving import models, rayservice, secrets, worker_groups
 from ansible.module_utils.rayplane_preflight_values import Values
@@ -18,12 +20,17 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     platform,
     platform_names,
     buckets,
+    encryption,
     network,
+    storage,
     node_groups,
+    autoscaler,
+    accelerators,
     secrets,
     rayservice,
     worker_groups,
     models,
+    gateway,
 )
 
 
@@ -44,4 +51,4 @@ def required_tools(values: Values) -> dict[str, str]:
             tools["git"] = "kubectl fetches kuberay_kustomize_source with it"
     if isinstance(prober, str) and not values.get("verify_base_url"):
         tools.setdefault(prober, "it forwards a port to the models")
-    return tools
+    return {**tools, **node_tools(values)}

@@ -159,7 +159,8 @@ def _type_problem(path: str, value: Any, kind: str) -> Problem | None:
         example = _from_text(value, kind) or example
         cure = f"write {example} without quotes"
         if root == path:
-            cure += f"; on the command line -e '{{\"{root}\": {example}}}', because -e {root}=... always gives text"
+            # Ansible splits name=value at spaces; JSON has room for any value.
+            cure += f"; on the command line: -e '{{\"{root}\": {example}}}'"
         return Problem(path, value, f"it is text and must be {wanted}", cure)
     if kind == "str" and isinstance(value, bool | float):
         return Problem(

@@ -12,7 +12,7 @@ description:
     what carries the
     set's labels and is no longer declared, and waits once, with evidence when the wait fails.
   - In check mode the API server is asked with a dry run. Objects whose namespace or CRD does not exist yet are
-    predicted as created.
+    predicted as created, and so are all where there is no kubeconfig yet.
   - Values of Secrets never appear in the diff.
   - The cluster is found as kubernetes.core finds it (E(K8S_AUTH_KUBECONFIG), E(K8S_AUTH_CONTEXT), E(K8S_AUTH_HOST),
     E(KUBECONFIG)).
@@ -23,7 +23,7 @@ options:
     elements: dict
     default: []
   src:
-    description: A JSON file with a list of further objects (see M(kustomize_build)).
+    description: A JSON file with a list of further objects (see M(kustomize_build) and M(helm_build)).
     type: path
   labels:
     description: >-
@@ -60,9 +60,9 @@ options:
     default: []
   align:
     description: >-
-      Rules with C(api_version), C(kind), C(namespace), C(name) or C(selector), and C(merge): fields of derived objects
-      to be kept. Lists of
-      entries with a C(name) or C(groupName) are merged by it.
+      Rules with C(api_version), C(kind), C(namespace), C(name) or C(selector), C(where) (fields that the objects have),
+      and C(merge): fields of derived objects to be kept. Lists of entries with a C(name) or C(groupName) are merged by
+      it.
     type: list
     elements: dict
     default: []
@@ -78,8 +78,8 @@ options:
     default: []
   wait_for:
     description: >-
-      Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments, CRDs
-      and RayServices are known,
+      Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments,
+      DaemonSets (ready where no node wants them), StatefulSets, CRDs and RayServices are known,
       other kinds are ready by their condition (Ready, where none is named).
     type: list
     elements: dict
@@ -158,7 +158,14 @@ import json
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import Cluster, KubeError, connection_from_environment, forget_temporary
+from ansible.module_utils.kube_api import (
+    Cluster,
+    ClusterToCome,
+    KubeError,
+    NoKubeconfigError,
+    connection_from_environment,
+    forget_temporary,
+)
 from ansible.module_utils.kube_apply import ApplyError, ApplySet
 
 
@@ -191,7 +198,13 @@ def main() -> None:
         objects = list(given["objects"])
         if given["src"]:
             objects += json.loads(Path(given["src"]).read_text(encoding="utf-8"))
-        cluster = Cluster(connection_from_environment(given["kubeconfig"], given["context"]))
+        try:
+            cluster = Cluster(connection_from_environment(given["kubeconfig"], given["context"]))
+        except NoKubeconfigError:
+            if not module.check_mode:
+                raise
+            # An earlier stage would write it, and with it comes the cluster.
+            cluster = ClusterToCome()
         work = ApplySet(cluster, given["labels"], given["field_manager"], dry_run=module.check_mode)
         if given["state"] == "present":
             work.apply(objects, adopt=given["adopt"], hint=given["adopt_hint"])

@@ -107,7 +107,7 @@ def hub_module() -> Any:
     except ImportError as error:
         raise ModelError(
             "a model comes from a hub, and the Python package huggingface_hub is not installed: "
-            "install rayplane's extra 'hub' (uv sync --extra hub), or name a folder or an s3:// address as source"
+            "make bootstrap installs it; or name a folder or an s3:// address as source"
         ) from error
 
 

@@ -34,6 +34,14 @@ options:
     description: The key to send, where the API wants one.
     type: str
     default: ""
+  api_key_file:
+    description: A file with the key, read where O(api_key) is empty.
+    type: path
+  api_key_secret:
+    description: >-
+      The C(namespace) and C(name) of a Secret that has the key (C(key)), read where neither of the two above gives one.
+    type: dict
+    default: {}
   models:
     description: >-
       What to ask: C(id), C(route_prefix), and optionally C(prompt), C(expect) (a text that the chat answer must
@@ -71,14 +79,17 @@ answers:
   returned: success
 """
 
+import base64
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kube_api import Cluster, KubeError, Resource, connection_from_environment, forget_temporary
 
 Json = dict[str, Any]
 
@@ -181,6 +192,24 @@ def ask(client: Any, model: Json) -> Json:
     }
 
 
+def key_of(given: Json) -> str:
+    """The key to ask with: given, in a file, or in a Secret; empty where there is none. Raises KubeError, OSError."""
+    if given["api_key"]:
+        return str(given["api_key"])
+    if given["api_key_file"] and Path(given["api_key_file"]).is_file():
+        return Path(given["api_key_file"]).read_text(encoding="utf-8").strip()
+    if not given["api_key_secret"]:
+        return ""
+    place = given["api_key_secret"]
+    try:
+        secret = Cluster(connection_from_environment()).get(
+            Resource("v1", "Secret", "secrets", True), place["namespace"], place["name"]
+        )
+    finally:
+        forget_temporary()
+    return base64.b64decode(((secret or {}).get("data") or {}).get("key", "")).decode()
+
+
 @contextmanager
 def forwarded(kubectl: str, service: Json) -> Iterator[str]:
     """Address of a ``kubectl port-forward`` to the Service, ended afterwards."""
@@ -198,7 +227,7 @@ def forwarded(kubectl: str, service: Json) -> Iterator[str]:
             process.terminate()
 
 
-def run(module: AnsibleModule, base_url: str, deadline: float, answers: list[Json]) -> None:
+def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers: list[Json]) -> None:
     """Ask the models that have not answered yet; each failure is retried until the deadline."""
     import httpx  # noqa: PLC0415 - two seconds that check mode need not pay
     import openai  # noqa: PLC0415
@@ -208,7 +237,7 @@ def run(module: AnsibleModule, base_url: str, deadline: float, answers: list[Jso
     with httpx.Client(trust_env=False, timeout=given["request_timeout"]) as http:
         for model in given["models"][len(answers) :]:
             url = base_url.rstrip("/") + model.get("route_prefix", "/").rstrip("/") + "/v1"
-            client = openai.OpenAI(base_url=url, api_key=given["api_key"] or "none", http_client=http, max_retries=0)
+            client = openai.OpenAI(base_url=url, api_key=key or "none", http_client=http, max_retries=0)
             wrong = 0
             while True:
                 try:
@@ -230,6 +259,8 @@ def main() -> None:
             "service": {"type": "dict", "default": {}},
             "kubectl": {"type": "str", "default": "kubectl"},
             "api_key": {"type": "str", "default": "", "no_log": True},
+            "api_key_file": {"type": "path", "no_log": False},
+            "api_key_secret": {"type": "dict", "default": {}, "no_log": False},
             "models": {"type": "list", "elements": "dict", "required": True},
             "timeout": {"type": "int", "default": 300},
             "request_timeout": {"type": "int", "default": 60},
@@ -242,14 +273,18 @@ def main() -> None:
         module.exit_json(changed=False, answers=[], questions=questions)
     deadline = time.monotonic() + given["timeout"]
     answers: list[Json] = []
+    try:
+        key = key_of(given)
+    except (KubeError, OSError, ValueError) as error:
+        module.fail_json(msg=f"the API key cannot be read: {error}")
     while True:
         try:
             if given["base_url"]:
-                run(module, given["base_url"], deadline, answers)
+                run(module, given["base_url"], key, deadline, answers)
             else:
                 with forwarded(given["kubectl"], given["service"]) as url:
                     # A port-forward ends with its pod: it gets a short patience, and a new one is opened.
-                    run(module, url, min(deadline, time.monotonic() + 30), answers)
+                    run(module, url, key, min(deadline, time.monotonic() + 30), answers)
             break
         except AnswerError as error:
             if isinstance(error, WrongAnswerError):

@@ -1,0 +1,301 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ask and change a gateway that runs, through its admin API."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: gateway_admin
+short_description: Ask and change a gateway that runs, through its admin API
+description:
+  - The admin API is reached through the proxy of the Kubernetes API server, so it needs no way in of its own. The key
+    for it is read from a Secret and is in no argument and no result.
+  - Revocations and weights are kept in the gateways' shared store and reach every replica within seconds. Where there
+    is none (O(shared=false)), every pod is told.
+options:
+  namespace:
+    description: Namespace of the gateway.
+    type: str
+    required: true
+  service:
+    description: Its admin Service.
+    type: str
+    required: true
+  port:
+    description: Port of the admin API.
+    type: int
+    default: 9090
+  secret:
+    description: The Secret (key C(key)) with a key whose role may use the admin API.
+    type: str
+    required: true
+  selector:
+    description: Labels of the gateway's pods.
+    type: str
+    required: true
+  shared:
+    description: Whether the replicas share a store.
+    type: bool
+    default: true
+  version:
+    description: >-
+      Wait until every pod works by the configuration of this version. The kubelets are made to look at the ConfigMap at
+      once.
+    type: str
+    default: ""
+  timeout:
+    description: Seconds to wait.
+    type: int
+    default: 120
+  revoked:
+    description: Ids of keys that shall be refused from now on.
+    type: list
+    elements: str
+    default: []
+  restored:
+    description: Ids of keys of which a revocation shall be taken back.
+    type: list
+    elements: str
+    default: []
+  weights:
+    description: >-
+      By model, the weight of each backend, in place of the configuration's. A backend that is not named keeps its
+      weight. Nothing (an empty mapping or null) takes all of a model's weights back.
+    type: dict
+    default: {}
+  query:
+    description: What to ask for.
+    type: list
+    elements: str
+    choices: [keys, routes, status]
+    default: []
+author: [rayplane]
+attributes:
+  check_mode:
+    support: full
+    description: Asks, changes nothing, and waits for nothing.
+"""
+
+EXAMPLES = r"""
+- name: Give a tenth of the traffic to another cluster
+  gateway_admin:
+    namespace: rayplane
+    service: gateway-admin
+    secret: gateway-operator
+    selector: app.kubernetes.io/name=gateway
+    weights: {llama-3-8b: {llama-3-8b: 90, other-cluster: 10}}
+"""
+
+RETURN = r"""
+actions:
+  description: What was changed (would be, in check mode).
+  type: list
+  returned: always
+answers:
+  description: The answer to each question of O(query).
+  type: dict
+  returned: always
+waited_s:
+  description: Seconds until every pod had the configuration.
+  type: float
+  returned: always
+"""
+
+import base64
+import time
+from typing import Any
+from urllib.parse import quote
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kube_api import (
+    ApiError,
+    Cluster,
+    Json,
+    KubeError,
+    Resource,
+    connection_from_environment,
+    forget_temporary,
+)
+
+_PODS = Resource("v1", "Pod", "pods", True)
+_SECRETS = Resource("v1", "Secret", "secrets", True)
+_ANNOTATION = "rayplane.io/configuration"
+
+
+class AdminError(Exception):
+    """The admin API cannot be reached, or refuses."""
+
+
+class Admin:
+    """The admin API of one gateway, behind the API server's proxy."""
+
+    def __init__(self, cluster: Cluster, given: Json) -> None:
+        self.cluster = cluster
+        self.namespace = given["namespace"]
+        self.port = given["port"]
+        self.service = given["service"]
+        self.selector = given["selector"]
+        self.shared = given["shared"]
+        found = cluster.get(_SECRETS, self.namespace, given["secret"])
+        if not found or not (found.get("data") or {}).get("key"):
+            raise AdminError(
+                f"there is no Secret {self.namespace}/{given['secret']} with a key for the admin API: deploy the"
+                " gateway first (--tags gateway)"
+            )
+        self.headers = {"x-rayplane-key": base64.b64decode(found["data"]["key"]).decode()}
+
+    def pods(self) -> list[Json]:
+        """The pods that run and are not about to end."""
+        return [
+            pod
+            for pod in self.cluster.list(_PODS, self.namespace, self.selector)
+            if pod.get("status", {}).get("phase") == "Running" and not pod["metadata"].get("deletionTimestamp")
+        ]
+
+    def ask(self, method: str, path: str, body: Any = None, pod: str = "") -> Any:
+        """One request to the Service, or to one pod. Raises AdminError with the gateway's own words."""
+        place = f"pods/{pod}:{self.port}" if pod else f"services/http:{self.service}:{self.port}"
+        address = f"/api/v1/namespaces/{self.namespace}/{place}/proxy/admin/v1/{path}"
+        try:
+            return self.cluster.request(method, address, body, headers=self.headers)
+        except ApiError as error:
+            said = error.body.get("error")
+            text = said.get("message") if isinstance(said, dict) else None
+            raise AdminError(f"{method} /admin/v1/{path}: {text or error}") from error
+
+    def all_keys(self) -> list[Json]:
+        """Every key that the gateway knows, in pages."""
+        found: list[Json] = []
+        after = ""
+        while True:
+            page = self.ask("GET", f"keys?limit=1000{after}")
+            found += page["keys"]
+            if not page["after"]:
+                return found
+            after = f"&after={quote(page['after'], safe='')}"
+
+    def tell(self, method: str, path: str, body: Any = None) -> None:
+        """A change: once where the replicas share it, else to every pod."""
+        if self.shared:
+            self.ask(method, path, body)
+            return
+        for pod in self.pods():
+            self.ask(method, path, body, pod["metadata"]["name"])
+
+    def take_over(self, version: str, timeout: float) -> float:
+        """Wait until every pod works by a version of the configuration; gives the seconds it took."""
+        started = time.monotonic()
+        for pod in self.pods():
+            name, known = pod["metadata"]["name"], pod["metadata"].get("annotations") or {}
+            if known.get(_ANNOTATION) != version:
+                # A change of a pod makes its kubelet look at the pod's volumes now, not within the minute.
+                patch = {"metadata": {"annotations": {_ANNOTATION: version}}}
+                self.cluster.merge(_PODS, self.namespace, name, patch, manager="rayplane")
+        while True:
+            left = self.behind(version)
+            waited = time.monotonic() - started
+            if not left:
+                return waited
+            if waited > timeout:
+                raise AdminError(
+                    f"after {waited:.0f} s not every pod has taken the configuration over: {'; '.join(left)}"
+                )
+            time.sleep(0.5)
+
+    def behind(self, version: str) -> list[str]:
+        """Why which pods do not work by a version yet. Raises AdminError where one refuses it."""
+        left = []
+        for pod in self.pods():
+            name = pod["metadata"]["name"]
+            try:
+                status = self.ask("GET", "status", pod=name)
+            except (AdminError, KubeError) as error:
+                left.append(f"{name}: {error}")
+                continue
+            if status["policy"]["version"] != version:
+                said = status["policy"]["last_error"]
+                left.append(f"{name} works by {status['policy']['version']}" + (f" and says: {said}" if said else ""))
+        return left
+
+
+def reconcile(admin: Admin, given: Json, check: bool) -> list[str]:
+    """Bring revocations and weights to what is wanted; gives what was changed."""
+    actions: list[str] = []
+    if given["revoked"] or given["restored"]:
+        refused = {key["id"]: bool(key["revoked"]) for key in admin.all_keys()}
+        for names, verb in ((given["revoked"], "revoke"), (given["restored"], "restore")):
+            for identity in names:
+                # One that is not in the configuration is refused already.
+                if refused.get(identity, verb == "revoke") != (verb == "revoke"):
+                    actions.append(f"{verb} key {identity}")
+                    if not check:
+                        admin.tell("POST", f"keys/{quote(identity, safe='')}/{verb}")
+    if given["weights"]:
+        routes = admin.ask("GET", "routes")["routes"]
+        for model, weights in given["weights"].items():
+            if model not in routes:
+                known = ", ".join(sorted(routes)) or "none"
+                raise AdminError(f"there is no model {model}; the gateway has {known}")
+            now = {target["backend"]: target["weight"] for target in routes[model]["backends"]}
+            declared = {target["backend"]: target["configured"] for target in routes[model]["backends"]}
+            wanted = {name: int(weight) for name, weight in (weights or {}).items()}
+            if unknown := sorted(set(wanted) - set(now)):
+                raise AdminError(
+                    f"{', '.join(unknown)}: no backend of {model}; its backends are {', '.join(sorted(now))}"
+                )
+            after = {**now, **wanted} if wanted else declared
+            if after == now and (wanted or not routes[model]["changed"]):
+                continue
+            actions.append(f"weights of {model}: {_say(now)} -> {_say(after)}")
+            if not check:
+                path = f"routes/{quote(model, safe='')}/weights"
+                admin.tell("PUT" if wanted else "DELETE", path, {"weights": wanted} if wanted else None)
+    return actions
+
+
+def _say(weights: Json) -> str:
+    return ", ".join(f"{name} {weight}" for name, weight in sorted(weights.items()))
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "namespace": {"type": "str", "required": True},
+            "service": {"type": "str", "required": True},
+            "port": {"type": "int", "default": 9090},
+            "secret": {"type": "str", "required": True, "no_log": False},
+            "selector": {"type": "str", "required": True},
+            "shared": {"type": "bool", "default": True},
+            "version": {"type": "str", "default": ""},
+            "timeout": {"type": "int", "default": 120},
+            "revoked": {"type": "list", "elements": "str", "default": []},
+            "restored": {"type": "list", "elements": "str", "default": []},
+            "weights": {"type": "dict", "default": {}},
+            "query": {
+                "type": "list",
+                "elements": "str",
+                "choices": ["keys", "routes", "status"],
+                "default": [],
+            },
+        },
+        supports_check_mode=True,
+    )
+    given = module.params
+    waited = 0.0
+    try:
+        admin = Admin(Cluster(connection_from_environment()), given)
+        if given["version"] and not module.check_mode:
+            waited = admin.take_over(given["version"], given["timeout"])
+        actions = reconcile(admin, given, module.check_mode)
+        answers = {name: admin.all_keys() if name == "keys" else admin.ask("GET", name) for name in given["query"]}
+    except (AdminError, KubeError, OSError, ValueError, KeyError) as error:
+        module.fail_json(msg=str(error) if not isinstance(error, KeyError) else f"the gateway's answer has no {error}")
+    finally:
+        forget_temporary()
+    module.exit_json(changed=bool(actions), actions=actions, answers=answers, waited_s=round(waited, 1))
+
+
+if __name__ == "__main__":
+    main()

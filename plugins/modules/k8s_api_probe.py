@@ -1,0 +1,107 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: does the cluster's API server answer?"""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: k8s_api_probe
+short_description: Say whether the API server of a cluster answers
+description:
+  - Asks the API server that the environment names (E(K8S_AUTH_KUBECONFIG), E(K8S_AUTH_CONTEXT), E(K8S_AUTH_HOST),
+    E(KUBECONFIG)) for its version. Changes nothing; that it does not answer is a result, not a failure.
+  - With O(cluster_name) it has to be the API server of that EKS cluster.
+options:
+  cluster_name:
+    description: EKS cluster whose API server it has to be. Empty takes any.
+    type: str
+    default: ""
+  servers:
+    description: Addresses, beside the cluster's own endpoint, that lead to it (a proxy, a tunnel).
+    type: list
+    elements: str
+    default: []
+extends_documentation_fragment:
+  - amazon.aws.common.modules
+  - amazon.aws.region.modules
+  - amazon.aws.boto3
+author: rayplane contributors (@rayplane)
+"""
+
+EXAMPLES = r"""
+- name: Ask the API server
+  k8s_api_probe:
+    cluster_name: ray-llm-cluster-dev
+  register: __cleanup_probe
+"""
+
+RETURN = r"""
+exists:
+  description: Whether the EKS cluster exists; true where none was named.
+  type: bool
+  returned: always
+reachable:
+  description: Whether the API server answers, and is the one that was asked for.
+  type: bool
+  returned: always
+reason:
+  description: Why not.
+  type: str
+  returned: always
+server:
+  description: Its address, as far as it is known.
+  type: str
+  returned: always
+version:
+  description: Its version.
+  type: str
+  returned: always
+"""
+
+from typing import Any
+
+from ansible.module_utils.kube_api import Cluster, KubeError, connection_from_environment, forget_temporary
+from ansible.module_utils.rayplane_aws import Api, Changes, run
+from ansible.module_utils.rayplane_eks import find_cluster
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+
+def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
+    """Entry point with the module's parameters; separate from ``main`` for tests."""
+    name = module.params["cluster_name"]
+    facts: dict[str, Any] = {"exists": True, "reachable": False, "reason": "", "server": "", "version": ""}
+    own: list[str] = []
+    if name:
+        found = find_cluster(Api(module.client("eks"), changes), name)
+        if found is None:
+            return {**facts, "exists": False, "reason": f"EKS cluster {name} does not exist"}
+        own = [str(found.get("endpoint", "")), *module.params["servers"]]
+    try:
+        connection = connection_from_environment()
+        facts["server"] = connection.server
+        if name and connection.server not in [server.rstrip("/") for server in own]:
+            why = f"the kubeconfig leads to {connection.server}, the API server of {name} is {own[0] or 'not known'}"
+            return {**facts, "reason": why}
+        answer = Cluster(connection, timeout=20).request("GET", "/version")
+    except (KubeError, OSError, KeyError, ValueError) as error:
+        return {**facts, "reason": str(error)}
+    finally:
+        forget_temporary()
+    return {**facts, "reachable": True, "version": str(answer.get("gitVersion", ""))}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleAWSModule(
+        argument_spec={
+            "cluster_name": {"type": "str", "default": ""},
+            "servers": {"type": "list", "elements": "str", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    run(module, reconcile)
+
+
+if __name__ == "__main__":
+    main()

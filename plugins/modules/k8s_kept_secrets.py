@@ -1,0 +1,153 @@
+#!/usr/bin/python
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Find the values of Secrets that were made once, or make them."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: k8s_kept_secrets
+short_description: Find the values of Secrets that were made once, or make them
+description:
+  - >-
+    Some secrets nobody has to know beforehand (a database's password, a signing key). This module reads them from the
+    cluster, and makes at random what is not there yet. It writes nothing: M(k8s_apply_set) applies the Secrets with
+    the values, so that they are kept at every further run.
+  - What it returns is secret. Give its tasks C(no_log).
+options:
+  namespace:
+    description: Namespace of the Secrets.
+    type: str
+    required: true
+  secrets:
+    description:
+      - The Secrets, each with C(name) and C(values), a mapping from key to what it holds.
+      - V(token) is 256 random bits as text, V(api_key) a key of the gateway, V(ed25519) a private key as PEM (PKCS#8).
+    type: list
+    elements: dict
+    required: true
+author: [rayplane]
+attributes:
+  check_mode:
+    support: full
+    description: Reads, and makes what is missing for the prediction only.
+"""
+
+EXAMPLES = r"""
+- name: Find or make what is secret
+  k8s_kept_secrets:
+    namespace: rayplane
+    secrets:
+      - {name: gateway-redis, values: {password: token}}
+  no_log: true
+  register: __gateway_secrets
+"""
+
+RETURN = r"""
+values:
+  description: By name of the Secret, and by key, the value.
+  type: dict
+  returned: always
+made:
+  description: The Secrets of which something was missing, as C(NAME.KEY).
+  type: list
+  returned: always
+"""
+
+import base64
+import secrets
+import string
+from collections.abc import Callable
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kube_api import (
+    Cluster,
+    KubeError,
+    NoKubeconfigError,
+    Resource,
+    connection_from_environment,
+    forget_temporary,
+)
+
+_PREFIX_LENGTH = 12
+
+
+def api_key() -> str:
+    """A key as `serve_app.gateway.keys` makes it: 12 public characters, 256 random bits."""
+    alphabet = string.ascii_lowercase + string.digits
+    prefix = secrets.choice(string.ascii_lowercase)
+    prefix += "".join(secrets.choice(alphabet) for _ in range(_PREFIX_LENGTH - 1))
+    return f"rp-{prefix}-{secrets.token_urlsafe(32)}"
+
+
+def ed25519() -> str:
+    """A fresh Ed25519 private key, PEM."""
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - only where a key is made
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
+
+    return (
+        Ed25519PrivateKey.generate()
+        .private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        .decode()
+    )
+
+
+MAKERS: dict[str, Callable[[], str]] = {
+    "token": lambda: secrets.token_urlsafe(32),
+    "api_key": api_key,
+    "ed25519": ed25519,
+}
+
+
+def keep(cluster: Cluster | None, namespace: str, wanted: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """The values by Secret and key, and what was made because it was not there."""
+    resource = Resource("v1", "Secret", "secrets", True)
+    values: dict[str, Any] = {}
+    made: list[str] = []
+    for secret in wanted:
+        name = secret["name"]
+        live = (cluster.get(resource, namespace, name) if cluster else None) or {}
+        data = live.get("data") or {}
+        values[name] = {}
+        for key, kind in secret["values"].items():
+            if data.get(key):
+                values[name][key] = base64.b64decode(data[key]).decode()
+            else:
+                values[name][key] = MAKERS[kind]()
+                made.append(f"{name}.{key}")
+    return values, made
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "namespace": {"type": "str", "required": True},
+            "secrets": {"type": "list", "elements": "dict", "required": True, "no_log": False},
+        },
+        supports_check_mode=True,
+    )
+    given = module.params
+    for secret in given["secrets"]:
+        for key, kind in (secret.get("values") or {}).items():
+            if kind not in MAKERS:
+                module.fail_json(msg=f"{secret.get('name')}.{key}: {kind!r} is none of {', '.join(MAKERS)}")
+    try:
+        cluster: Cluster | None = None
+        try:
+            cluster = Cluster(connection_from_environment())
+        except NoKubeconfigError:
+            if not module.check_mode:
+                raise
+        values, made = keep(cluster, given["namespace"], given["secrets"])
+    except (KubeError, OSError, ValueError) as error:
+        module.fail_json(msg=str(error))
+    finally:
+        forget_temporary()
+    # What was made is no change yet: applying it is.
+    module.exit_json(changed=False, values=values, made=made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""The gateway role's filters: a configuration that the gateway itself takes, and objects that hold what it needs."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from conftest import PROJECT
+from hypothesis import given
+from hypothesis import strategies as st
+from rayplane_gateway import (
+    OPERATOR,
+    gateway_applied_version,
+    gateway_config,
+    gateway_files,
+    gateway_issued_keys,
+    gateway_key_entry,
+    gateway_key_lines,
+    gateway_objects,
+    gateway_problems,
+    gateway_secret_values,
+    gateway_secrets,
+    gateway_targets,
+    gateway_traffic_lines,
+    gateway_version,
+    local_image_key,
+)
+
+from serve_app.gateway import keys as gateway_keys_of_the_gateway
+from serve_app.gateway.policy import Policy, load
+
+Json = dict[str, Any]
+
+KEY = "rp-abcdefghij12-" + "A" * 43
+PRIVATE = """\
+-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
+-----END PRIVATE KEY-----
+"""
+VALUES = {
+    "gateway-operator": {"key": KEY},
+    "gateway-redis": {"password": "word"},
+    "gateway-audit": {"private.pem": PRIVATE},
+}
+MODELS = [
+    {"id": "llama", "source": "a/b", "access": ["premium"]},
+    {"id": "qwen", "source": "a/c"},
+]
+DEFAULTS: Json = yaml.safe_load((PROJECT / "roles/gateway/defaults/main.yml").read_text(encoding="utf-8"))
+
+
+def settings(**changes: Any) -> Json:
+    """The role's defaults as its vars hand them to the filters, with some changed."""
+    values = {name.removeprefix("gateway_"): copy.deepcopy(value) for name, value in DEFAULTS.items()}
+    return {
+        **values,
+        "namespace": "rayplane",
+        "models": MODELS,
+        "serve_routes": {"llama": "/llama", "qwen": "/qwen"},
+        "serve_url": "http://rayplane-serve-svc.rayplane.svc:8000",
+        "issued_keys": [],
+        "labels": {"app.kubernetes.io/component": "gateway"},
+        **changes,
+    }
+
+
+def built(folder: Path, **changes: Any) -> Policy:
+    """What the gateway makes of the configuration, with files in place of those that only a pod has."""
+    signing = folder / "private.pem"
+    signing.write_text(PRIVATE, encoding="utf-8")
+    audit = {**changes.pop("audit", {"enabled": True}), "signing_key_file": str(signing)}
+    for name, text in gateway_files(settings(audit=audit, **changes), KEY).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return load(folder / "config.json", environment=None)
+
+
+def one(objects: list[Json], kind: str, name: str = "gateway") -> Json:
+    return next(item for item in objects if (item["kind"], item["metadata"]["name"]) == (kind, name))
+
+
+def pod(**changes: Any) -> Json:
+    spec: Json = one(gateway_objects(settings(**changes), VALUES), "Deployment")["spec"]["template"]
+    return spec
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_the_gateway_takes_the_defaults(tmp_path: Path) -> None:
+    policy = built(tmp_path)
+    assert [key.id for key in policy.keys] == [OPERATOR]
+    assert policy.keys.find(KEY, 0).role == OPERATOR
+    assert policy.config.backends["llama"].url == "http://rayplane-serve-svc.rayplane.svc:8000/llama"
+    assert policy.config.routes["qwen"].backends[0].backend == "qwen"
+    assert policy.config.server.admin_port == 9090
+    assert policy.config.store.on_failure == "local"
+
+
+def test_a_model_alone_is_at_the_root(tmp_path: Path) -> None:
+    policy = built(tmp_path, models=MODELS[1:], serve_routes={"qwen": "/"})
+    assert policy.config.backends["qwen"].url == "http://rayplane-serve-svc.rayplane.svc:8000"
+
+
+def test_access_decides_which_role_has_which_model(tmp_path: Path) -> None:
+    roles = built(tmp_path).config.roles
+    assert roles["basic"].models == ["qwen"]
+    assert sorted(roles["premium"].models) == ["llama", "qwen"]
+    assert roles["admin"].models == ["*"]
+    assert roles[OPERATOR].operations == ["chat", "completions", "models", "admin"]
+
+
+def test_an_empty_access_is_for_nobody_but_who_may_all(tmp_path: Path) -> None:
+    policy = built(tmp_path, models=[{"id": "qwen", "access": []}])
+    assert [name for name, role in policy.config.roles.items() if role.models] == ["admin", OPERATOR]
+
+
+def test_routes_and_backends_of_ones_own(tmp_path: Path) -> None:
+    policy = built(
+        tmp_path,
+        backends={"far": {"url": "https://llm.example.com", "api_key_env": "FAR_KEY"}},
+        backend_defaults={"timeouts": {"total_s": 900}},
+        routes={
+            "llama": {"backends": [{"backend": "llama"}, {"backend": "far", "priority": 1}], "aliases": ["default"]},
+            "remote": {"backends": [{"backend": "far"}], "access": ["admin"]},
+        },
+    )
+    assert [target.backend for target in policy.config.routes["llama"].backends] == ["llama", "far"]
+    assert policy.route("default") is not None
+    assert policy.config.backends["qwen"].timeouts.total_s == 900
+    assert policy.config.backends["far"].timeouts.total_s == 600
+    assert "remote" not in policy.config.roles["premium"].models
+
+
+@pytest.mark.parametrize(
+    ("redis", "secret", "url", "variable"),
+    [
+        ("in_cluster", "", "redis://gateway-redis.rayplane.svc:6379/0", "RAYPLANE_REDIS_PASSWORD"),
+        ("rediss://cache.example.com:6380/1", "redis", "rediss://cache.example.com:6380/1", "RAYPLANE_REDIS_PASSWORD"),
+        ("redis://cache:6379/0", "", "redis://cache:6379/0", ""),
+        ("", "", "", ""),
+    ],
+)
+def test_redis_is_in_the_cluster_or_given_or_none(
+    tmp_path: Path, redis: str, secret: str, url: str, variable: str
+) -> None:
+    policy = built(tmp_path, redis=redis, redis_password_secret=secret)
+    assert (policy.config.store.url, policy.config.store.password_env) == (url, variable)
+    kinds = [item["kind"] for item in gateway_objects(settings(redis=redis), VALUES)]
+    assert ("StatefulSet" in kinds) == (redis == "in_cluster")
+
+
+def test_everything_else_is_passed_on(tmp_path: Path) -> None:
+    policy = built(
+        tmp_path,
+        cache={"enabled": True, "ttl_s": 60},
+        filters={"pii": {"type": "sensitive_data", "action": "redact"}},
+        tenants={"*": {"concurrency": 8}},
+        logging={"level": "debug"},
+        open_operations=["tokenize"],
+        issuers=[{"issuer": "https://id.example.com", "audience": ["llm"], "jwks_url": "https://id.example.com/keys"}],
+        server={"max_body_bytes": 1000, "trusted_proxies": ["10.0.0.0/8"]},
+    )
+    config = policy.config
+    assert (
+        config.cache.ttl_s == 60 and config.filters["pii"].action == "redact" and config.tenants["*"].concurrency == 8
+    )
+    assert config.logging.level == "debug" and config.open_operations == ["tokenize"]
+    assert config.auth.issuers[0].audience == ["llm"] and config.server.max_body_bytes == 1000
+
+
+def test_the_version_is_the_gateways_own(tmp_path: Path) -> None:
+    policy = built(tmp_path)
+    files = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("config.json", "keys.json")}
+    assert gateway_version(files) == policy.version
+    objects = gateway_objects(settings(), VALUES)
+    assert gateway_applied_version(objects) == gateway_version(one(objects, "ConfigMap", "gateway-config")["data"])
+    assert gateway_applied_version([]) == ""
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_a_key_is_stored_as_the_gateway_stores_it(tail: str) -> None:
+    key = f"rp-abcdefghij12-{tail}"
+    entry = gateway_key_entry(key, "x", "basic")
+    assert entry["hash"] == gateway_keys_of_the_gateway.digest(key)
+    assert entry["prefix"] == "abcdefghij12"
+
+
+def test_no_key_is_in_the_configuration() -> None:
+    assert KEY not in json.dumps(gateway_objects(settings(), VALUES))
+    assert "word" not in [text for item in gateway_objects(settings(), VALUES) for text in json.dumps(item).split('"')]
+
+
+def test_more_keys_than_a_config_map_holds_are_refused() -> None:
+    keys = [gateway_key_entry(f"rp-a{number:011d}-x", f"k{number}", "basic") for number in range(8000)]
+    with pytest.raises(AnsibleFilterError, match="a ConfigMap takes 1000000"):
+        gateway_objects(settings(keys=keys), VALUES)
+
+
+# --- problems --------------------------------------------------------------------------------------------------------
+
+
+def test_good_settings_have_no_problem() -> None:
+    assert gateway_problems(settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"models": [{"id": "m", "access": ["gold"]}]},
+            "(m).access: there is no role gold; gateway_roles has admin, basic",
+        ),
+        ({"models": [{"id": "m", "access": "basic"}]}, "has to be a list of roles; it is 'basic'"),
+        ({"roles": {OPERATOR: {}}, "models": []}, f"gateway_roles.{OPERATOR}: the name is taken"),
+        ({"routes": {"other": {}}}, "gateway_routes.other: no model"),
+        ({"backends": {"qwen": {"url": "http://x"}}}, "gateway_backends.qwen: the name is taken"),
+        (
+            {"keys": [{"id": "a", "prefix": "p1"}], "issued_keys": [{"id": "a", "prefix": "p2"}]},
+            "gateway_keys_file: id a stands in gateway_keys, too",
+        ),
+        ({"keys": [{"id": "a", "prefix": "p"}, {"id": "b", "prefix": "p"}]}, "prefix p stands in gateway_keys, too"),
+        ({"keys": [{"id": OPERATOR, "prefix": "p"}]}, f"the id {OPERATOR} is taken"),
+    ],
+)
+def test_problems(changes: Json, says: str) -> None:
+    (found,) = gateway_problems(settings(**changes))
+    assert says in found
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+def test_pods_run_with_as_little_as_they_can() -> None:
+    for item in gateway_objects(settings(), VALUES):
+        if item["kind"] not in ("Deployment", "StatefulSet"):
+            continue
+        spec = item["spec"]["template"]["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        (container,) = spec["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["requests"] and container["resources"]["limits"]["memory"]
+        assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+
+
+def test_pods_outlive_their_streams() -> None:
+    assert pod(server={"drain_s": 100, "drain_delay_s": 7.5})["spec"]["terminationGracePeriodSeconds"] == 123
+
+
+def test_services() -> None:
+    objects = gateway_objects(settings(service_type="NodePort", node_port=30080), VALUES)
+    service = one(objects, "Service")["spec"]
+    assert service["ports"] == [
+        {"name": "http", "port": 8000, "targetPort": 8080, "protocol": "TCP", "nodePort": 30080}
+    ]
+    admin = one(objects, "Service", "gateway-admin")["spec"]
+    assert admin["type"] == "ClusterIP" and admin["publishNotReadyAddresses"] is True
+    plain = one(gateway_objects(settings(node_port=30080), VALUES), "Service")["spec"]
+    assert "nodePort" not in plain["ports"][0]
+    labels = pod()["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items() and admin["selector"].items() <= labels.items()
+
+
+def test_either_an_autoscaler_or_a_number_of_replicas() -> None:
+    scaled = gateway_objects(settings(replicas={"min": 2, "max": 5}), VALUES)
+    assert one(scaled, "HorizontalPodAutoscaler")["spec"]["maxReplicas"] == 5
+    assert "replicas" not in one(scaled, "Deployment")["spec"]
+    fixed = gateway_objects(settings(replicas={"min": 3, "max": 3}), VALUES)
+    assert "HorizontalPodAutoscaler" not in [item["kind"] for item in fixed]
+    assert one(fixed, "Deployment")["spec"]["replicas"] == 3
+
+
+STARTED = "rayplane.io/started-with"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"roles": {"basic": {"max_tokens": 1}}},
+        {"keys": [gateway_key_entry("rp-zzzzzzzzzzzz-x", "k", "basic")]},
+        {"routes": {"qwen": {"retries": 5}}},
+        {"filters": {"f": {"type": "injection"}}},
+        {"cache": {"enabled": True}},
+    ],
+)
+def test_what_is_taken_over_while_it_runs_replaces_no_pod(changes: Json) -> None:
+    assert pod(**changes) == pod()
+    before, after = gateway_objects(settings(), VALUES), gateway_objects(settings(**changes), VALUES)
+    assert one(before, "ConfigMap", "gateway-config") != one(after, "ConfigMap", "gateway-config")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"server": {"drain_s": 1}},
+        {"store": {"on_failure": "closed"}},
+        {"logging": {"level": "debug"}},
+        {"tracing": {"enabled": True, "endpoint": "http://otel:4318"}},
+        {"audit": {"enabled": True, "content": True}},
+    ],
+)
+def test_what_is_read_at_the_start_replaces_the_pods(changes: Json) -> None:
+    assert pod(**changes)["metadata"]["annotations"][STARTED] != pod()["metadata"]["annotations"][STARTED]
+
+
+def test_a_new_password_replaces_gateway_and_redis() -> None:
+    other = {**VALUES, "gateway-redis": {"password": "other"}}
+    for kind, name in (("Deployment", "gateway"), ("StatefulSet", "gateway-redis")):
+        before = one(gateway_objects(settings(), VALUES), kind, name)["spec"]["template"]["metadata"]["annotations"]
+        after = one(gateway_objects(settings(), other), kind, name)["spec"]["template"]["metadata"]["annotations"]
+        assert before[STARTED] != after[STARTED]
+    operator = {**VALUES, "gateway-operator": {"key": KEY.replace("A", "B")}}
+    assert one(gateway_objects(settings(), operator), "Deployment") == one(
+        gateway_objects(settings(), VALUES), "Deployment"
+    )
+
+
+def test_volumes() -> None:
+    without = gateway_objects(settings(audit={}, redis_volume={}), VALUES)
+    assert "PersistentVolumeClaim" not in [item["kind"] for item in without]
+    assert "audit" not in [
+        volume["name"] for volume in one(without, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    ]
+    kept = gateway_objects(
+        settings(audit_volume={"size": "5Gi", "class": "efs", "access_mode": "ReadWriteMany"}), VALUES
+    )
+    claim = one(kept, "PersistentVolumeClaim", "gateway-audit")["spec"]
+    assert claim == {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "5Gi"}},
+        "storageClassName": "efs",
+    }
+
+
+def test_secrets_hold_hash_and_public_key_too() -> None:
+    wanted = gateway_secret_values(settings())
+    assert {entry["name"]: entry["values"] for entry in wanted} == {
+        "gateway-operator": {"key": "api_key"},
+        "gateway-redis": {"password": "token"},
+        "gateway-audit": {"private.pem": "ed25519"},
+    }
+    data = {
+        item["metadata"]["name"]: {key: base64.b64decode(text).decode() for key, text in item["data"].items()}
+        for item in gateway_secrets(settings(), VALUES)
+    }
+    acl = data["gateway-redis"]["users.acl"]
+    assert acl == f"user default on #{hashlib.sha256(b'word').hexdigest()} ~* &* +@all -@admin\n"
+    assert data["gateway-audit"]["public.pem"].startswith("-----BEGIN PUBLIC KEY-----")
+    assert gateway_secret_values(settings(redis="", audit={})) == [
+        {"name": "gateway-operator", "values": {"key": "api_key"}}
+    ]
+
+
+def test_targets() -> None:
+    assert [target["kind"] for target in gateway_targets(settings())] == ["Deployment", "StatefulSet"]
+    assert [target["kind"] for target in gateway_targets(settings(redis=""))] == ["Deployment"]
+
+
+# --- files and tables ------------------------------------------------------------------------------------------------
+
+
+def test_issued_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    assert gateway_issued_keys(str(file)) == [] == gateway_issued_keys("")
+    file.write_text('{"keys": [{"id": "a"}]}')
+    assert gateway_issued_keys(str(file)) == [{"id": "a"}]
+    for text in ("[", "[]", '{"keys": 1}', "{}"):
+        file.write_text(text)
+        with pytest.raises(AnsibleFilterError, match="keys"):
+            gateway_issued_keys(str(file))
+
+
+def test_tables() -> None:
+    keys = [
+        {"id": OPERATOR, "prefix": "p", "role": OPERATOR},
+        {
+            "id": "a",
+            "prefix": "p1",
+            "role": "basic",
+            "tenant": "t",
+            "client": "a",
+            "expires": None,
+            "revoked": {"at": 1},
+        },
+        {"id": "b", "prefix": "p2", "role": "basic", "tenant": "t", "client": "b", "disabled": True},
+    ]
+    lines = gateway_key_lines(keys)
+    assert [line.split()[-1] for line in lines] == ["state", "revoked", "disabled"]
+    target = {"backend": "blue", "weight": 90, "configured": 100}
+    lines = gateway_traffic_lines({"routes": {"m": {"backends": [target]}}})
+    assert lines[1].split() == ["m", "blue", "90", "(declared:", "100)"]
+
+
+def test_local_image_key(tmp_path: Path) -> None:
+    assert local_image_key(str(tmp_path), "i:1") == ""
+    (tmp_path / "images.json").write_text('{"i:1": "abc"}')
+    assert local_image_key(str(tmp_path), "i:1") == "abc"
+
+
+def test_config_is_stable() -> None:
+    assert json.dumps(gateway_config(settings())) == json.dumps(gateway_config(settings()))
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_holds_what_the_project_says_the_gateway_needs() -> None:
+    import tomllib
+
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = (PROJECT / "tools/gateway/requirements.in").read_text().splitlines()
+    assert sorted(line for line in lines if not line.startswith("#")) == sorted(
+        [*extras["gateway"], *extras["tracing"]]
+    )
+
+
+def test_the_containerfile_copies_what_is_there() -> None:
+    for line in (PROJECT / "serve_app/Containerfile").read_text().splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            assert (PROJECT / line.split()[1]).exists(), line
+
+
+def test_the_local_image_runs_compiled_code() -> None:
+    from rayplane_local import images
+
+    content = images.compiled_code()
+    source = "opt/rayplane/code/serve_app/gateway/__main__.py"
+    assert content[source] == (PROJECT / "serve_app/gateway/__main__.py").read_bytes()
+    compiled = content[
+        f"opt/rayplane/code/serve_app/gateway/__pycache__/__main__.{__import__('sys').implementation.cache_tag}.pyc"
+    ]
+    assert isinstance(compiled, bytes)
+    # Flags of PEP 552: by hash, never checked against the source.
+    assert int.from_bytes(compiled[4:8], "little") == 1
+    assert not [name for name in content if name.endswith(".pyc") and "__pycache__" not in name]
