@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rayplane_local import parts
+from rayplane_local.progress import Step
+from rayplane_local.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane")
@@ -24,6 +28,8 @@ AWS = {
     "AWS_REGION": "us-west-2",
     "AWS_DEFAULT_REGION": "us-west-2",
 }
+#: What deploy issues where no key is known yet.
+KEY_FILE = HOME / "state/gateway-key"
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
 
@@ -34,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(2400))
             if os.geteuid() != 0:
                 item.add_marker(pytest.mark.skip(reason="the local platform needs root"))
+
+
+def api_key() -> str:
+    """The API key of the local platform."""
+    return KEY_FILE.read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,21 @@ def make(run: Runner) -> Runner:
         return run("make", "--no-print-directory", target, *settings, env=env, interrupt_at=interrupt_at)
 
     return _make
+
+
+def go_module(module: str, folder: Path) -> tuple[Path, str]:
+    """Fetch the sources of a Go module (`path@version`) below a folder; return where they are, and what Go said."""
+    go = parts.ensure_go(Settings(home=HOME), Step("go toolchain"))
+    answer = subprocess.run(
+        [str(go), "mod", "download", "-modcacherw", "-json", module],
+        env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "GOPATH": str(folder), "GOMODCACHE": ""},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return Path(json.loads(answer.stdout or "{}").get("Dir", "")), answer.stderr + answer.stdout
 
 
 @pytest.fixture(scope="session")

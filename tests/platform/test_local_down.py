@@ -57,5 +57,8 @@ def test_down_leaves_nothing_and_deploy_works_again(platform: Path, make: Runner
     assert firewall_rules() == []
     assert [trace for trace in TRACES if Path(trace).exists()] == []
     assert make("local-down").expect_success().changed == 0
+    plan = make("plan").expect_success()
+    assert "is not up, so the plan ends" in " ".join(plan.output.split())
+    assert processes() == []
     again = make("deploy").expect_success()
     assert "The capital of France is Paris" in again.output

@@ -7,7 +7,8 @@ import ansible.module_utils
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-for _folder in ("plugins/filter", "plugins/modules", "plugins/action", "plugins/callback", "tools"):
+# What comes later is found first: an action bears its module's name, and a test that imports the name means the module.
+for _folder in ("plugins/filter", "plugins/action", "plugins/modules", "plugins/callback", "tools"):
     sys.path.insert(0, str(PROJECT / _folder))
 # Shared code is imported as `ansible.module_utils.<name>`, in tests as in a run.
 ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))

@@ -17,8 +17,9 @@ DOCUMENTS = sorted(
     path for pattern in ("README.md", "docs/**/*.md", "roles/*/README.md") for path in PROJECT.glob(pattern)
 )
 TOP = [".config", *sorted(path.name for path in PROJECT.iterdir() if path.is_dir() and path.name[0] != ".")]
-#: Words that look like a role's variable: facts and modules, named in prose.
+#: Words that look like a role's variable: facts, modules and codes of errors, named in prose.
 NAMES_OF_PLUGINS = {path.stem for path in PROJECT.glob("plugins/*/*.py")}
+CODES_OF_ERRORS = set(re.findall(r'"([a-z_]+)"', (PROJECT / "serve_app/gateway/errors.py").read_text(encoding="utf-8")))
 
 
 def read(document: Path) -> str:
@@ -62,7 +63,7 @@ def test_make_targets_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
 def test_variables_exist(document: Path) -> None:
-    known: set[str] = set(NAMES_OF_PLUGINS)
+    known: set[str] = NAMES_OF_PLUGINS | CODES_OF_ERRORS
     roles = [path.parent.parent.name for path in PROJECT.glob("roles/*/meta/argument_specs.yml")]
     for role in roles:
         for entry in yaml.safe_load(read(PROJECT / "roles" / role / "meta" / "argument_specs.yml"))[

@@ -12,15 +12,25 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from ansible.module_utils.kube_api import ApiError, Cluster, Connection, KubeError, connection_from_environment
+from ansible.module_utils.kube_api import (
+    ApiError,
+    Cluster,
+    ClusterToCome,
+    Connection,
+    KubeError,
+    NoKubeconfigError,
+    connection_from_environment,
+)
 from ansible.module_utils.kube_apply import (
     ApplyError,
     ApplySet,
     comparable,
+    daemonset_state,
     deployment_state,
     diff_of,
     merged,
     rayservice_state,
+    statefulset_state,
 )
 
 Json = dict[str, Any]
@@ -32,7 +42,7 @@ LABELS = {
 }
 KINDS = {
     "v1": {"Namespace": ("namespaces", False), "Secret": ("secrets", True), "ConfigMap": ("configmaps", True),
-           "Pod": ("pods", True), "Event": ("events", True)},
+           "Pod": ("pods", True), "Event": ("events", True), "Service": ("services", True)},
     "apps/v1": {"Deployment": ("deployments", True)},
     "apiextensions.k8s.io/v1": {"CustomResourceDefinition": ("customresourcedefinitions", False)},
 }  # fmt: skip
@@ -354,6 +364,52 @@ def test_deployment_is_not_ready_while_an_old_pod_is_left(cluster: Cluster) -> N
     assert deployment_state(cluster, live) is None
 
 
+def daemons(generation: int = 1, **status: int) -> Json:
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": {"name": "d", "namespace": "llm", "generation": generation},
+        "status": {"observedGeneration": 1, **status},
+    }
+
+
+def test_daemon_set_is_ready_where_no_node_wants_it(cluster: Cluster) -> None:
+    nowhere = {"desiredNumberScheduled": 0, "numberAvailable": 0, "updatedNumberScheduled": 0}
+    assert daemonset_state(cluster, daemons(**nowhere)) is None
+    assert daemonset_state(cluster, daemons(2, **nowhere)) == "the controller has not seen the change"
+
+
+def test_daemon_set_is_ready_once_every_node_runs_the_current_pods(cluster: Cluster) -> None:
+    rolling = {"desiredNumberScheduled": 3, "numberAvailable": 3, "updatedNumberScheduled": 2}
+    assert daemonset_state(cluster, daemons(**rolling)) == "3 of 3 pods available, 2 up to date"
+    rolling["updatedNumberScheduled"] = 3
+    assert daemonset_state(cluster, daemons(**rolling)) is None
+    rolling["numberAvailable"] = 2
+    assert daemonset_state(cluster, daemons(**rolling)) == "2 of 3 pods available, 3 up to date"
+
+
+def test_a_wait_for_a_daemon_set_ends_with_the_reason(server: Server, cluster: Cluster) -> None:
+    server.kinds["apps/v1"]["DaemonSet"] = ("daemonsets", True)
+    server.put("/apis/apps/v1/namespaces/llm/daemonsets/d", daemons(desiredNumberScheduled=1))
+    target = {"api_version": "apps/v1", "kind": "DaemonSet", "namespace": "llm", "name": "d"}
+    with pytest.raises(ApplyError, match="DaemonSet llm/d: 0 of 1 pods available"):
+        ApplySet(cluster, LABELS, "rayplane").wait([target], 0, poll=0.01)
+
+
+def test_prune_leaves_a_crd_of_which_objects_are_left(server: Server, cluster: Cluster) -> None:
+    root = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    for name in ("things", "others"):
+        kind = name.capitalize()
+        spec = {"group": "x.io", "names": {"kind": kind}, "versions": [{"name": "v1", "storage": True}]}
+        server.put(f"{root}/{name}.x.io", {"metadata": {"name": f"{name}.x.io", "labels": LABELS}, "spec": spec})
+    server.kinds["x.io/v1"] = {"Things": ("things", False), "Others": ("others", False)}
+    server.put("/apis/x.io/v1/things/t", {"metadata": {"name": "t"}})
+    work = ApplySet(cluster, LABELS, "rayplane")
+    work.prune([{"api_version": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}], keep=[])
+    assert work.outcome.pruned == ["CustomResourceDefinition others.x.io"]
+    assert f"{root}/things.x.io" in server.objects
+
+
 def service(**status: Any) -> Json:
     config = {"applications": [{"name": "a", "route_prefix": "/", "args": {"n": 1}}]}
     return {
@@ -428,6 +484,25 @@ def test_kubeconfig(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert connection_from_environment().headers == {"Authorization": "Bearer key"}
 
 
+def test_a_cluster_to_come_is_predicted_without_asking_anybody(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("K8S_AUTH_KUBECONFIG", str(tmp_path / "absent"))
+    with pytest.raises(NoKubeconfigError, match="no kubeconfig can be read"):
+        connection_from_environment()
+    work = ApplySet(ClusterToCome(), LABELS, "rayplane", dry_run=True)
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "one"}}
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "s", "namespace": "one"},
+        "data": {"k": "dg=="},
+    }
+    work.apply([secret, namespace], adopt=False)
+    work.align([{"api_version": "v1", "kind": "Secret", "selector": "a=b", "merge": {}}])
+    work.prune([{"api_version": "v1", "kind": "Secret"}], keep=[secret])
+    assert work.outcome.created == ["Namespace one", "Secret one/s"]
+    assert "dg==" not in json.dumps(work.outcome.diff)
+
+
 def test_no_api_server_is_told_by_its_address() -> None:
     with pytest.raises(KubeError, match=r"http://127.0.0.1:9 does not answer"):
         Cluster(Connection(server="http://127.0.0.1:9")).request("GET", "/version")
@@ -436,3 +511,39 @@ def test_no_api_server_is_told_by_its_address() -> None:
 def test_a_refusal_carries_the_servers_words(cluster: Cluster) -> None:
     with pytest.raises(ApiError, match="GET /nothing: 404 /nothing not found"):
         cluster.request("GET", "/nothing")
+
+
+def test_a_stateful_set_is_ready_with_the_current_revision() -> None:
+    live: Json = {"metadata": {"generation": 2}, "spec": {"replicas": 1}, "status": {"observedGeneration": 1}}
+    cluster: Any = None
+    assert statefulset_state(cluster, live) == "the controller has not seen the change"
+    live["status"] = {"observedGeneration": 2, "readyReplicas": 1}
+    assert statefulset_state(cluster, live) == "1 of 1 replicas ready, 0 up to date"
+    live["status"] |= {"updatedReplicas": 1}
+    assert statefulset_state(cluster, live) is None
+
+
+def test_a_plan_lets_a_node_port_move_between_our_services(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Service that has it gives it up in an earlier stage, which a dry run has not carried out."""
+    wanted = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "new", "namespace": "a"},
+        "spec": {"ports": [{"port": 1, "nodePort": 30080}]},
+    }
+    holder = {"metadata": {"name": "old", "labels": dict(LABELS)}, "spec": {"ports": [{"port": 1, "nodePort": 30080}]}}
+    server.put("/api/v1/namespaces/a/services/old", holder)
+
+    def refuse(*_: Any, **__: Any) -> Json:
+        raise ApiError("PATCH", "/", 422, {"message": "Invalid value: 30080: provided port is already allocated"})
+
+    monkeypatch.setattr(Cluster, "apply", refuse)
+    cluster = Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}"), retries=0)
+    plan = ApplySet(cluster, LABELS, "rayplane", dry_run=True)
+    plan.apply([wanted])
+    assert plan.outcome.created == ["Service a/new"]
+    with pytest.raises(ApplyError, match="already allocated"):
+        ApplySet(cluster, LABELS, "rayplane").apply([wanted])
+    holder["metadata"]["labels"] = {}
+    with pytest.raises(ApplyError, match="already allocated"):
+        ApplySet(cluster, LABELS, "rayplane", dry_run=True).apply([wanted])

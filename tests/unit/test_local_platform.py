@@ -532,6 +532,21 @@ def test_an_image_archive_is_a_whole_oci_layout_and_always_the_same(tmp_path: Pa
         assert tar.getmember("bin/sh").linkname == "tool"
 
 
+def test_a_layer_takes_a_folder_with_its_links_and_modes(tmp_path: Path) -> None:
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/tool").write_text("x")
+    (folder / "bin/tool").chmod(0o744)
+    (folder / "plain").write_text("y")
+    (folder / "bin/python").symlink_to("/usr/bin/python3.11")
+    stream = io.BytesIO()
+    oci.layer({}, trees={"opt/env": folder}, texts={"etc/a": b"\xff"}).write(stream)
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as tar:
+        assert tar.getmember("opt/env/bin/tool").mode == 0o755 and tar.getmember("opt/env/plain").mode == 0o644
+        assert tar.getmember("opt/env/bin/python").linkname == "/usr/bin/python3.11"
+        assert {member.mtime for member in tar} == {0}
+
+
 # The emulator's launcher
 
 
@@ -539,7 +554,7 @@ def test_only_changes_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import ModuleType
 
     names = (
-        *("ministack", "ministack.app", "ministack.core", "emulator_eks"),
+        *("ministack", "ministack.app", "ministack.core", "emulator_ec2", "emulator_eks"),
         *("hypercorn", "hypercorn.asyncio", "hypercorn.config"),
     )
     for name in names:
@@ -548,7 +563,8 @@ def test_only_changes_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     stubs["ministack"].app = stubs["ministack.app"]  # type: ignore[attr-defined]
     stubs["ministack.core"].persistence = ModuleType("persistence")  # type: ignore[attr-defined]
     stubs["hypercorn.asyncio"].serve = None  # type: ignore[attr-defined]
-    stubs["emulator_eks"].install = None  # type: ignore[attr-defined]
+    for name in ("emulator_ec2", "emulator_eks"):
+        stubs[name].install = None  # type: ignore[attr-defined]
     stubs["hypercorn.config"].Config = object  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "rayplane_local.emulator", raising=False)
     from rayplane_local import emulator

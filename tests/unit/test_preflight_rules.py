@@ -30,7 +30,14 @@ GOOD: dict[str, Any] = {
     "network_public_subnet_cidrs": [],
     "eks_node_groups": [
         {"name": "cpu", "instance_types": ["m5.2xlarge"], "min_size": 2, "max_size": 5, "desired_size": 2},
-        {"name": "gpu", "instance_types": ["g4dn.xlarge"], "min_size": 1, "max_size": 10, "desired_size": 2},
+        {
+            "name": "gpu",
+            "instance_types": ["g4dn.xlarge"],
+            "ami_type": "AL2023_x86_64_NVIDIA",
+            "min_size": 1,
+            "max_size": 10,
+            "desired_size": 2,
+        },
     ],
     "kubeconfig_source": "cloud",
     "secrets_hugging_face_token": "hf_" + "a" * 34,
@@ -64,6 +71,22 @@ def model(**changes: Any) -> dict[str, Any]:
 def found(**changes: Any) -> dict[str, Problem]:
     """Problems of the good values with some changed, by variable."""
     return {problem.variable: problem for problem in check_declared({**GOOD, **changes})}
+
+
+@pytest.mark.parametrize(
+    ("group", "variable", "warning"),
+    [
+        ({"instance_types": ["g4dn.xlarge"], "ami_type": "AL2023_x86_64_NVIDIA"}, "", False),
+        ({"instance_types": ["m7g.large"], "ami_type": "AL2023_x86_64_STANDARD"}, "eks_node_groups[0].ami_type", False),
+        ({"instance_types": ["m5.large"], "ami_type": "AL2023_x86_64_NVIDIA"}, "eks_node_groups[0].ami_type", False),
+        ({"instance_types": ["m5.large"], "capacity_type": "SPOT"}, "eks_node_groups[0].instance_types", True),
+    ],
+)
+def test_images_fit_the_machines(group: dict[str, Any], variable: str, warning: bool) -> None:
+    from ansible.module_utils.rayplane_preflight_platform import node_groups
+
+    found = list(node_groups({"platform": "aws", "eks_node_groups": [{"name": "g", **group}]}))
+    assert [(problem.variable, problem.warning) for problem in found] == ([(variable, warning)] if variable else [])
 
 
 def test_good_values_have_no_problem() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from kustomize_build import CLUSTER_SCOPED, fit, source_state
-from openai_smoke import AnswerError, ask, sane
+from openai_smoke import AnswerError, ask, key_of, sane
 
 Json = dict[str, Any]
 
@@ -125,3 +125,24 @@ def test_text_that_is_not_sane(text: str) -> None:
 
 def test_sane_text() -> None:
     assert sane(" Die Hauptstadt ist Paris, 首都 \n", "chat") == "Die Hauptstadt ist Paris, 首都"
+
+
+def test_the_key_is_given_or_in_a_file_or_in_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    given: Json = {"api_key": "", "api_key_file": str(file), "api_key_secret": {}}
+    assert key_of(given) == ""
+    file.write_text("from-file\n")
+    assert key_of(given) == "from-file"
+    assert key_of({**given, "api_key": "given"}) == "given"
+
+    class Cluster:
+        def __init__(self, _: Any) -> None: ...
+
+        def get(self, _: Any, namespace: str, name: str) -> Json | None:
+            return {"data": {"key": "ZnJvbS1zZWNyZXQ="}} if (namespace, name) == ("n", "s") else None
+
+    monkeypatch.setattr("openai_smoke.Cluster", Cluster)
+    monkeypatch.setattr("openai_smoke.connection_from_environment", lambda: None)
+    asked: Json = {"api_key": "", "api_key_file": None, "api_key_secret": {"namespace": "n", "name": "s"}}
+    assert key_of(asked) == "from-secret"
+    assert key_of({**asked, "api_key_secret": {"namespace": "n", "name": "absent"}}) == ""

@@ -217,12 +217,21 @@ def inventory(name: str) -> dict[str, Any]:
     return listed
 
 
-@pytest.mark.parametrize("name", INVENTORIES)
+@pytest.mark.parametrize("name", [name for name in INVENTORIES if name != "fleet"])
 def test_inventories_link_the_shared_variables(name: str) -> None:
     link = PROJECT / "inventories" / name / "group_vars" / "all" / "00_shared.yml"
     assert link.is_symlink()
     assert link.resolve() == PROJECT / "group_vars" / "shared.yml"
     assert not link.readlink().is_absolute()
+
+
+def test_the_fleet_takes_each_environment_from_its_own_inventory() -> None:
+    for link in (PROJECT / "inventories" / "fleet" / "host_vars").iterdir():
+        assert not link.readlink().is_absolute()
+        environment = link.name.rpartition("-")[2]
+        assert link.resolve() == PROJECT / "inventories" / environment / "group_vars" / "all"
+        alone = inventory(environment)["_meta"]["hostvars"]
+        assert alone[link.name] == inventory("fleet")["_meta"]["hostvars"][link.name]
 
 
 @pytest.mark.parametrize("name", INVENTORIES)

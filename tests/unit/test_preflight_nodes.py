@@ -1,0 +1,130 @@
+"""Preflight's rules over autoscaler, accelerators and keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
+
+PROJECT = Path(__file__).resolve().parents[2]
+GPU: dict[str, Any] = yaml.safe_load((PROJECT / "roles/gpu_plugin/defaults/main.yml").read_text(encoding="utf-8"))
+
+
+def test_the_defaults_are_sound() -> None:
+    assert list(accelerators({**GPU, "platform": "aws"})) == []
+
+
+def test_what_the_gpu_filter_refuses_is_found_before_anything_is_changed() -> None:
+    wrong = {"gpu_plugin_time_slicing_replicas": {"nvidia.com/gpu": 1}, "gpu_plugin_mig_configs": {"half": []}}
+    found = list(accelerators({**GPU, **wrong}))
+    assert {problem.variable for problem in found} == set(wrong)
+    assert found[0].value == {"nvidia.com/gpu": 1}
+    assert found[0].cure == "Leave the resource out where it is not shared"
+    assert list(accelerators({**GPU, **wrong, "gpu_plugin_enabled": False})) == []
+
+
+def test_wrong_types_are_left_to_the_specs() -> None:
+    assert list(accelerators({**GPU, "gpu_plugin_dcgm_metrics": "all"})) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "settings", "path"),
+    [
+        ("AL2023_x86_64_NEURON", {}, "eks_node_groups[0].ami_type"),
+        ("AL2023_x86_64_NEURON", {"gpu_plugin_neuron_enabled": True}, ""),
+        ("BOTTLEROCKET_x86_64_NVIDIA", {"gpu_plugin_mode": "gpu_operator"}, "eks_node_groups[0].labels"),
+        ("BOTTLEROCKET_x86_64_NVIDIA", {}, ""),
+    ],
+)
+def test_images_and_plugins_fit(image: str, settings: dict[str, Any], path: str) -> None:
+    groups = {"platform": "aws", "eks_node_groups": [{"name": "g", "ami_type": image}]}
+    assert [problem.variable for problem in accelerators({**GPU, **groups, **settings})] == ([path] if path else [])
+
+
+def test_karpenter() -> None:
+    values = {
+        "platform": "aws",
+        "platform_autoscaler": "karpenter",
+        "platform_cluster_name": "c" * 40,
+        "autoscaler_node_pools": [{"name": "A", "weight": 1000}],
+        "autoscaler_node_classes": [{"name": "default", "ami_alias": "al2023@latest"}],
+        "eks_node_groups": [{"name": "gpu", "ami_type": "AL2023_x86_64_NVIDIA", "max_size": 3}],
+    }
+    found = list(autoscaler(values))
+    assert [problem.variable for problem in found if not problem.warning] == [
+        "platform_cluster_name",
+        "autoscaler_node_classes[0]",
+        "autoscaler_node_pools[0]",
+        "autoscaler_node_pools[0]",
+    ]
+    assert found[1].value == {"name": "default", "ami_alias": "al2023@latest"}
+    assert [problem.variable for problem in found if problem.warning] == ["eks_node_groups[0].name"]
+    assert list(autoscaler({**values, "platform_autoscaler": "none"})) == []
+
+
+def test_the_autoscaler_is_of_the_clusters_version() -> None:
+    values = {"platform": "aws", "platform_autoscaler": "cluster_autoscaler", "eks_kubernetes_version": "1.34"}
+    assert list(autoscaler({**values, "autoscaler_version": "v1.34.1"})) == []
+    (problem,) = autoscaler({**values, "autoscaler_version": "v1.33.0"})
+    assert problem.warning
+    assert problem.cure == "take a release v1.34.x"
+
+
+def test_keys_are_named_by_their_arn() -> None:
+    good = "arn:aws:kms:us-west-2:111122223333:key/0a1b2c3d-0000-1111-2222-333344445555"
+    assert list(encryption({"platform": "aws", "platform_kms_key_arn": good})) == []
+    assert list(encryption({"platform": "aws", "platform_kms_key_arn": ""})) == []
+    (problem,) = encryption({"platform": "aws", "platform_kms_key_arn": "alias/mine"})
+    assert problem.variable == "platform_kms_key_arn"
+
+
+def test_a_key_to_be_made() -> None:
+    made = {"platform": "aws", "encryption_enabled": True, "encryption_pending_days": 3}
+    (problem,) = encryption(made)
+    assert (problem.variable, problem.cure) == ("encryption_pending_days", "write 7")
+    given = {**made, "encryption_pending_days": 7, "platform_kms_key_arn": "arn:aws:kms:us-west-2:111122223333:key/1"}
+    (problem,) = encryption(given)
+    assert problem.warning
+
+
+STORAGE: dict[str, Any] = {
+    **yaml.safe_load((PROJECT / "roles/storage/defaults/main.yml").read_text(encoding="utf-8")),
+    **yaml.safe_load((PROJECT / "roles/storage_class/defaults/main.yml").read_text(encoding="utf-8")),
+    "platform": "aws",
+    "platform_region": "us-west-2",
+    "platform_logs_bucket": "logs",
+    "storage_kms_key_id": "",
+    "storage_buckets": [{"name": "models", "lifecycle": [], "replicate": True}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "variable"),
+    [
+        ({}, ""),
+        ({"storage_replica_region": "us-west-2"}, "storage_replica_region"),
+        ({"storage_replica_region": "eu-west-1"}, ""),
+        ({"storage_replica_region": "eu-west-1", "storage_versioning": False}, "storage_buckets[0]"),
+        ({"storage_replica_region": "eu-west-1", "encryption_enabled": True}, "storage_buckets[0]"),
+        ({"storage_buckets": [{"name": "m", "lifecycle": [{"name": "x"}]}]}, "storage_buckets[0]"),
+        ({"storage_buckets": "models"}, ""),
+        ({"storage_class_iops": 100}, "storage_class_iops"),
+        ({"storage_class_efs_enabled": True}, "storage_class_efs_enabled"),
+        (
+            {"storage_class_efs_enabled": True, "storage_efs_enabled": True, "storage_class_efs_file_system": "x"},
+            "storage_class_efs_file_system",
+        ),
+    ],
+)
+def test_buckets_and_volumes_are_possible(changes: dict[str, Any], variable: str) -> None:
+    assert [problem.variable for problem in storage({**STORAGE, **changes})] == ([variable] if variable else [])
+
+
+def test_helm_is_wanted_only_where_charts_are() -> None:
+    helm = {"autoscaler_helm": "helm", "gpu_plugin_helm": "helm"}
+    assert node_tools({**GPU, **helm}) == {}
+    assert list(node_tools({**helm, "platform_autoscaler": "karpenter"})) == ["helm"]
+    assert list(node_tools({**GPU, **helm, "gpu_plugin_mode": "gpu_operator"})) == ["helm"]
