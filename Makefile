@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 INVENTORY ?= inventories/local
 ARGS ?=
 
-.PHONY: help bootstrap deploy plan verify destroy local-down test lint unit format locks clean
+.PHONY: help bootstrap deploy plan verify drift cost destroy local-down test lint unit format coverage bench locks clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ plan: bootstrap ## Show what deploy would change
 verify: bootstrap ## Ask the deployed models and print how to reach them
 	@ansible-playbook playbooks/verify.yml -i $(INVENTORY) $(ARGS)
 
+drift: bootstrap ## Report what differs from what is declared
+	@ansible-playbook playbooks/drift.yml -i $(INVENTORY) $(ARGS)
+
+cost: bootstrap ## Show what the clusters cost a month
+	@ansible-playbook playbooks/cost.yml -i $(INVENTORY) $(ARGS)
+
 destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
 	@ansible-playbook playbooks/destroy.yml -i $(INVENTORY) $(ARGS)
 
@@ -49,6 +55,12 @@ lint: bootstrap ## Lint Ansible, YAML, Python and shell
 
 unit: bootstrap ## Run the unit tests only
 	@pytest tests/unit $(ARGS)
+
+coverage: bootstrap ## Run the gateway's tests and show what they reach (at least 90 %)
+	@pytest tests/gateway --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+bench: bootstrap ## Time a rerun against `terraform plan`, side by side
+	@python bench/rerun.py $(ARGS)
 
 format: bootstrap ## Format the Python code
 	@ruff check --fix . && ruff format .
