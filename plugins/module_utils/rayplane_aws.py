@@ -23,6 +23,7 @@ except ImportError:  # AnsibleAWSModule reports the missing SDK before anything 
 
 __all__ = [
     "OWNER_TAG",
+    "REGION_TAG",
     "ROLE_TAG",
     "Api",
     "Changes",
@@ -37,6 +38,8 @@ __all__ = [
 
 #: On every resource the modules create: whose it is. Its value is the cluster's name.
 OWNER_TAG = "rayplane.io/cluster"
+#: On what is the same in all regions, such as roles: the region of the cluster that it belongs to.
+REGION_TAG = "rayplane.io/region"
 #: On network resources: which part of the network it is, such as ``private-us-west-2a``.
 ROLE_TAG = "rayplane.io/role"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from ansible.module_utils.kube_api import ApiError, Cluster, KubeError, connection_from_environment, forget_temporary
+from ansible.module_utils.rayplane_aws import OWNER_TAG, REGION_TAG, tag_dict
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
@@ -27,8 +28,13 @@ _CREDENTIAL_CURES = {
 }
 
 
-def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoint: str) -> Iterator[Problem]:
-    """AWS takes the credentials, and the region is one. ``environment`` is what modules get beside our own."""
+def check_aws(
+    environment: Mapping[str, str], profile: str, region: str, endpoint: str, cluster: str = ""
+) -> Iterator[Problem]:
+    """AWS takes the credentials, the region is one, and the cluster of this name does not stand in another.
+
+    ``environment`` is what modules get beside our own.
+    """
     import boto3  # noqa: PLC0415 - half a second, and only for clusters on AWS
     import botocore.exceptions as errors  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
@@ -49,9 +55,14 @@ def check_aws(environment: Mapping[str, str], profile: str, region: str, endpoin
             aws_session_token=environment.get("AWS_SESSION_TOKEN") or None,
         )
         yield from _region(session, region)
-        session.client(
-            "sts", config=config, region_name=region or "us-east-1", endpoint_url=endpoint or None
-        ).get_caller_identity()
+        settings: dict[str, Any] = {
+            "config": config,
+            "region_name": region or "us-east-1",
+            "endpoint_url": endpoint or None,
+        }
+        session.client("sts", **settings).get_caller_identity()
+        if cluster and region:
+            yield from _elsewhere(session.client("iam", **settings), region, cluster)
     except errors.ProfileNotFound:
         yield _unknown_profile(profile)
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
@@ -114,6 +125,26 @@ def _region(session: Any, region: str) -> Iterator[Problem]:
             region,
             "AWS has no such region, as far as the installed SDK knows",
             f"did you mean {guess}?" if guess else "see the list of AWS regions",
+        )
+
+
+def _elsewhere(iam: Any, region: str, cluster: str) -> Iterator[Problem]:
+    """Roles and buckets have one name in all regions: a second cluster of a name would share those of the first."""
+    import botocore.exceptions as errors  # noqa: PLC0415
+
+    role = f"{cluster}-control-plane"
+    try:
+        tags = tag_dict(iam.get_role(RoleName=role)["Role"].get("Tags"))
+    except errors.ClientError:
+        # There is none, or it may not be asked for: role eks tells which.
+        return
+    found = tags.get(REGION_TAG, region)
+    if tags.get(OWNER_TAG) == cluster and found != region:
+        yield Problem(
+            "platform_region",
+            region,
+            f"the cluster {cluster} stands in {found} (tag {REGION_TAG} of the role {role})",
+            f"set platform_region to {found}, or give this cluster another platform_cluster_name",
         )
 
 

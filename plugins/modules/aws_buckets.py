@@ -234,6 +234,10 @@ class Buckets:
         there = self._list()
         names = [name for name in self.buckets if name in there]
         tags = dict(zip(names, concurrently(lambda name: self._read(name, "tags"), names), strict=True))
+        for name in names:
+            if tags[name].get(OWNER_TAG, self.owner) == self.owner:
+                cure = "no bucket was deleted; set platform_region, or this bucket's own region, to where it is"
+                self._refuse_elsewhere(name, there[name], cure)
         kept = [name for name in names if not self._absent(name, tags[name])]
         if kept:
             self.changes.warnings.append(
@@ -291,7 +295,8 @@ class Buckets:
                 **only_given({"Prefix": prefix, "ContinuationToken": token}),
             )
             if answer is None:
-                return {name: self._region(bucket) for name, bucket in self.buckets.items() if self._head(name)}
+                heads = {name: self._head(name) for name in self.buckets}
+                return {name: region for name, region in heads.items() if region is not None}
             for one in answer.get("Buckets", []):
                 if one["Name"] in self.buckets:
                     found[one["Name"]] = one.get("BucketRegion") or ""
@@ -299,10 +304,12 @@ class Buckets:
             if not token:
                 return found
 
-    def _head(self, name: str) -> bool:
+    def _head(self, name: str) -> str | None:
+        """Return the region of a bucket, empty where S3 does not tell it; None where there is no such bucket."""
         absent = ("404", "NoSuchBucket", "NotFound")
         try:
-            return self._api(name).read("head_bucket", f"bucket {name}", absent=absent, Bucket=name) is not None
+            answer = self._api(name).read("head_bucket", f"bucket {name}", absent=absent, Bucket=name)
+            return None if answer is None else str(answer.get("BucketRegion") or "")
         except PlatformError as error:
             if " 403" in str(error) or "Forbidden" in str(error):
                 raise self._taken(name) from error
@@ -315,9 +322,9 @@ class Buckets:
         )
 
     def _refuse_foreign(self, there: dict[str, str], have: dict[str, Json]) -> None:
-        for name, bucket in self.buckets.items():
+        for name in self.buckets:
             if name not in there:
-                if self._head(name):
+                if self._head(name) is not None:
                     raise self._taken(name)
                 continue
             owner = have[name]["tags"].get(OWNER_TAG, self.owner)
@@ -326,11 +333,12 @@ class Buckets:
                     f"bucket {name} belongs to cluster {owner} (tag {OWNER_TAG}): choose another name for"
                     f" {self.owner}'s"
                 )
-            if there[name] not in ("", self._region(bucket)):
-                raise PlatformError(
-                    f"bucket {name} is in {there[name]} and not in {self._region(bucket)}: a bucket cannot move;"
-                    " choose another name, or delete it first"
-                )
+            self._refuse_elsewhere(name, there[name], "a bucket cannot move; choose another name, or delete it first")
+
+    def _refuse_elsewhere(self, name: str, region: str, cure: str) -> None:
+        wanted = self._region(self.buckets[name])
+        if region not in ("", wanted):
+            raise PlatformError(f"bucket {name} is in {region} and not in {wanted}: {cure}")
 
     def _observe(self, names: Iterable[str]) -> dict[str, Json]:
         """Read all properties of the buckets, several requests at a time."""

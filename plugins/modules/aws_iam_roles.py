@@ -12,6 +12,10 @@ description:
   - Keeps roles with their trust, managed and inline policies as described, in one call, and says property by property
     what differs.
   - Predicts inline policies of roles that do not exist yet, which the collection's modules cannot.
+  - A role is this cluster's if its tag C(rayplane.io/cluster) says so. One without that tag is neither changed nor
+    deleted, whatever its name.
+  - IAM has no regions, clusters do. A role that bears another region's tag C(rayplane.io/region) is that of a cluster
+    of the same name there, and nothing is done. One without that tag, made by an earlier version, gets it.
 options:
   cluster_name:
     description: Owner of the roles; the value of the tag C(rayplane.io/cluster).
@@ -107,6 +111,7 @@ from typing import Any
 
 from ansible.module_utils.rayplane_aws import (
     OWNER_TAG,
+    REGION_TAG,
     Api,
     Changes,
     PlatformError,
@@ -126,12 +131,14 @@ ABSENT = ("NoSuchEntity",)
 class Roles:
     """The IAM roles of one cluster: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes) -> None:
+    def __init__(self, params: dict[str, Any], region: str, api: Api, changes: Changes) -> None:
         self.params = params
+        self.region = region
         self.api = api
         self.changes = changes
         self.owner: str = params["cluster_name"]
-        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.owner}
+        given = {str(key): str(value) for key, value in params["tags"].items()}
+        self.tags = given | {OWNER_TAG: self.owner, REGION_TAG: region}
 
     def present(self) -> dict[str, Any]:
         """Bring the roles to their description and return their ARNs."""
@@ -141,26 +148,35 @@ class Roles:
                     f"role {role['name']} has {len(role['name'])} characters, IAM allows 64: shorten"
                     " platform_cluster_name"
                 )
-        wanted = [role for role in self.params["roles"] if role["state"] == "present"]
-        dropped = [role["name"] for role in self.params["roles"] if role["state"] == "absent"]
-        have = self._observe([role["name"] for role in self.params["roles"]])
-        for role in wanted:
-            self._refuse_anothers(role, have.get(role["name"]))
-        arns = {role["name"]: self._present(role, have.get(role["name"])) for role in wanted}
-        self._delete({name: have[name] for name in dropped if name in have})
-        self._prune([role["name"] for role in wanted])
+        wanted = {role["name"]: role for role in self.params["roles"] if role["state"] == "present"}
+        have = self._observe()
+        for name, role in wanted.items():
+            self._refuse_anothers(role, have.get(name))
+        arns = {name: self._present(role, have.get(name)) for name, role in wanted.items()}
+        self._delete({name: now for name, now in have.items() if name not in wanted})
         return {"arns": arns}
 
     def absent(self) -> dict[str, Any]:
         """Delete the roles, with their policies first."""
-        self._delete(self._observe([role["name"] for role in self.params["roles"]]))
-        self._prune([])
+        self._delete(self._observe())
         return {}
 
-    def _observe(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Return the roles that exist, each with what hangs on it."""
+    def _observe(self) -> dict[str, dict[str, Any]]:
+        """Return those of the roles that exist, the listed ones and those to prune, each with what hangs on it."""
+        names = list(dict.fromkeys([*(role["name"] for role in self.params["roles"]), *self._below()]))
         found = zip(names, concurrently(self._read, names), strict=True)
-        return {name: role for name, role in found if role}
+        have = {name: role for name, role in found if role}
+        self._refuse_another_region(have)
+        return have
+
+    def _below(self) -> list[str]:
+        path = self.params["prune_path"]
+        if not path:
+            return []
+        if path == "/":
+            raise PlatformError("prune_path / is the whole account: name a path of this cluster's own")
+        listed = self.api.pages("list_roles", "Roles", f"roles below {path}", PathPrefix=path)
+        return [one["RoleName"] for one in listed]
 
     def _read(self, name: str) -> dict[str, Any] | None:
         resource = f"role {name}"
@@ -174,13 +190,32 @@ class Roles:
         }
         return {**answer["Role"], "Attached": {policy["PolicyArn"] for policy in attached}, "Inline": inline}
 
+    def _stranger(self, now: dict[str, Any]) -> str:
+        """Return why a role is not this cluster's; empty where it is."""
+        owner = tag_dict(now.get("Tags")).get(OWNER_TAG)
+        if owner is None:
+            return f"bears no tag {OWNER_TAG}={self.owner}"
+        return "" if owner == self.owner else f"belongs to cluster {owner} by its tag {OWNER_TAG}"
+
+    def _refuse_another_region(self, have: dict[str, dict[str, Any]]) -> None:
+        for name, now in have.items():
+            region = tag_dict(now.get("Tags")).get(REGION_TAG, self.region)
+            if region != self.region and not self._stranger(now):
+                raise PlatformError(
+                    f"role {name} is that of the cluster {self.owner} in {region} by its tag {REGION_TAG}, and this run"
+                    f" is for {self.region}: no role was touched. Set platform_region to {region}, or choose another"
+                    " platform_cluster_name"
+                )
+
     def _refuse_anothers(self, role: dict[str, Any], now: dict[str, Any] | None) -> None:
         if now is None:
             return
-        owner = tag_dict(now.get("Tags")).get(OWNER_TAG, self.owner)
-        if owner != self.owner:
+        stranger = self._stranger(now)
+        if stranger:
             raise PlatformError(
-                f"role {role['name']} belongs to cluster {owner} by its tag {OWNER_TAG}: change platform_cluster_name"
+                f"role {role['name']} is there already and {stranger}, so it is left as it is: choose another"
+                " platform_cluster_name or, to have it managed here, aws iam tag-role --role-name"
+                f" {role['name']} --tags Key={OWNER_TAG},Value={self.owner}"
             )
         if now.get("Path", role["path"]) != role["path"]:
             raise PlatformError(
@@ -190,9 +225,11 @@ class Roles:
 
     def _delete(self, roles: dict[str, dict[str, Any]]) -> None:
         for name, now in roles.items():
-            if tag_dict(now.get("Tags")).get(OWNER_TAG, self.owner) != self.owner:
-                continue
             resource = f"role {name}"
+            stranger = self._stranger(now)
+            if stranger:
+                self.changes.warnings.append(f"{resource} {stranger}, and is left alone")
+                continue
             self.changes.delete(resource, {"arn": now["Arn"]})
             for arn in sorted(now["Attached"]):
                 self.api.write("detach_role_policy", resource, RoleName=name, PolicyArn=arn)
@@ -203,15 +240,6 @@ class Roles:
                     "remove_role_from_instance_profile", resource, RoleName=name, InstanceProfileName=profile
                 )
             self.api.write("delete_role", resource, RoleName=name)
-
-    def _prune(self, kept: list[str]) -> None:
-        path = self.params["prune_path"]
-        if not path:
-            return
-        if path == "/":
-            raise PlatformError("prune_path / is the whole account: name a path of this cluster's own")
-        listed = self.api.pages("list_roles", "Roles", f"roles below {path}", PathPrefix=path)
-        self._delete(self._observe([one["RoleName"] for one in listed if one["RoleName"] not in kept]))
 
     def _profiles(self, name: str) -> list[str]:
         answer = self.api.pages("list_instance_profiles_for_role", "InstanceProfiles", f"role {name}", RoleName=name)
@@ -301,7 +329,7 @@ class Roles:
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
-    roles = Roles(module.params, Api(module.client("iam"), changes), changes)
+    roles = Roles(module.params, module.region, Api(module.client("iam"), changes), changes)
     return roles.present() if module.params["state"] == "present" else roles.absent()
 
 

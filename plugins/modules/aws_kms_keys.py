@@ -12,7 +12,9 @@ description:
   - Keeps symmetric customer managed keys with alias, description, policy, rotation and tags as described, in one call.
   - A key is known by its alias and by its tags, so one whose alias was deleted or points elsewhere is found again, and
     one that waits for its deletion is restored instead of being made anew.
-  - With O(state=absent) keys are scheduled for deletion, except those that still encrypt what was kept.
+  - A key that does not bear our tag is neither changed nor deleted, also where it has our alias.
+  - With O(state=absent) keys are scheduled for deletion, except those that still encrypt one of O(keep_for_buckets) or
+    any file system (EFS), volume or snapshot (EBS) or log group (CloudWatch) of the account in this region.
 options:
   cluster_name:
     description: Owner of the keys; the value of the tag C(rayplane.io/cluster).
@@ -106,8 +108,10 @@ kept:
 """
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ansible.module_utils.rayplane_aws import (
     OWNER_TAG,
@@ -126,8 +130,12 @@ from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleA
 GONE = "absent"
 UNKNOWN = ("NotFoundException",)
 DOOMED = ("PendingDeletion", "PendingReplicaDeletion")
+# What is said of a key without an owner.
+UNTAGGED = f"bears no tag {OWNER_TAG} that these credentials can read"
 #: What a service does with a key that it encrypts and decrypts with.
 USE = ["kms:Encrypt", "kms:Decrypt", "kms:ReEncrypt*", "kms:GenerateDataKey*", "kms:DescribeKey"]
+# So many of the things that a key encrypts are named.
+NAMED_USES = 10
 #: KMS's bounds (API reference: EnableKeyRotation, ScheduleKeyDeletion).
 ROTATION_DAYS = (90, 2560)
 PENDING_DAYS = (7, 30)
@@ -137,10 +145,41 @@ ROLE_PATIENCE = 60
 Json = dict[str, Any]
 
 
+class Listing(NamedTuple):
+    """A call that lists what may be encrypted with a key, and where its answer says what is."""
+
+    kind: str
+    service: str
+    operation: str
+    items: str
+    name: str
+    #: Where an item has the ARN of its key.
+    key: str = "KmsKeyId"
+    arguments: Mapping[str, Any] = MappingProxyType({})
+
+
+_ENCRYPTED = {"Name": "encrypted", "Values": ["true"]}
+_THERE = {"Name": "status", "Values": ["creating", "available", "in-use", "error"]}
+#: Sources: API references of EFS (FileSystemDescription), EC2 (Volume, Snapshot) and CloudWatch Logs (LogGroup).
+LISTINGS = (
+    Listing("file system", "efs", "describe_file_systems", "FileSystems", "FileSystemId"),
+    Listing("volume", "ec2", "describe_volumes", "Volumes", "VolumeId", arguments={"Filters": [_ENCRYPTED, _THERE]}),
+    Listing(
+        "snapshot",
+        "ec2",
+        "describe_snapshots",
+        "Snapshots",
+        "SnapshotId",
+        arguments={"OwnerIds": ["self"], "Filters": [_ENCRYPTED]},
+    ),
+    Listing("log group", "logs", "describe_log_groups", "logGroups", "logGroupName", key="kmsKeyId"),
+)
+
+
 class Keys:
     """The keys of one cluster: what is there, what is wanted, and the calls between the two.
 
-    ``apis`` has the services kms, iam, s3, efs and sts, each made where it is needed.
+    ``apis`` has the services kms, iam, s3, efs, ec2, logs and sts, each made where it is needed.
     """
 
     def __init__(self, params: Json, region: str, apis: Callable[[str], Api], changes: Changes) -> None:
@@ -165,7 +204,15 @@ class Keys:
                     f" to {most} days"
                 )
         found = {key["alias"]: self._find(key["alias"]) for key in self.params["keys"]}
-        return {"arns": {key["alias"]: self._present(key, *found[key["alias"]]) for key in self.params["keys"]}}
+        for alias, (_, target, stranger) in found.items():
+            if stranger:
+                tag = f"TagKey={OWNER_TAG},TagValue={self.owner}"
+                adopt = f" or, to have the key managed here, aws kms tag-resource --key-id {target} --tags {tag}"
+                raise PlatformError(
+                    f"alias/{alias} is that of key {target}, which {stranger}, so both are left as they are: choose"
+                    f" another alias (encryption_alias){adopt if stranger == UNTAGGED else ''}"
+                )
+        return {"arns": {key["alias"]: self._present(key, *found[key["alias"]][:2]) for key in self.params["keys"]}}
 
     def absent(self) -> Json:
         """Schedule the deletion of keys that encrypt nothing any more; return the aliases of the others."""
@@ -177,10 +224,11 @@ class Keys:
         kept = [key["alias"] for key in self.params["keys"] if not self._absent(key["alias"])]
         return {"kept": kept}
 
-    def _find(self, alias: str) -> tuple[Json | None, str]:
-        """Return the key's metadata with its tags, or None, and the id that the alias points to.
+    def _find(self, alias: str) -> tuple[Json | None, str, str]:
+        """Return our key's metadata with its tags, or None; the id that the alias points to; and whose that key is.
 
-        The alias tells first, if the key it points to carries our tags; otherwise the tags of all keys do.
+        The alias tells first, if the key it points to carries our tags; otherwise the tags of all keys do. The last is
+        empty where a key of ours was found or the alias points to none.
         """
         resource = f"KMS key {alias}"
         answer = self.api.read("describe_key", resource, absent=UNKNOWN, KeyId=f"alias/{alias}")
@@ -189,7 +237,7 @@ class Keys:
         if pointed:
             pointed["tags"] = self._tags(target)
             if pointed["tags"].get(OWNER_TAG) == self.owner and pointed["tags"].get(ROLE_TAG, alias) == alias:
-                return pointed, target
+                return pointed, target, ""
         candidates = []
         for key_id, tags in self._ours():
             if tags.get(ROLE_TAG) == alias:
@@ -199,15 +247,17 @@ class Keys:
         if candidates:
             # One that works before one that waits for its deletion, and of those the youngest.
             candidates.sort(key=lambda one: (one["KeyState"] in DOOMED, -_moment(one["CreationDate"])))
-            return candidates[0], target
-        owner = pointed["tags"].get(OWNER_TAG) if pointed else None
-        if pointed and (owner or pointed.get("KeyManager") == "AWS"):
-            raise PlatformError(
-                f"alias/{alias} is that of key {target}, which belongs to {'cluster ' + owner if owner else 'AWS'}:"
-                " choose another alias"
-            )
-        # The alias is ours by its name, and its key has lost all tags, or was made by hand for us.
-        return pointed, target
+            return candidates[0], target, ""
+        return None, target, self._stranger(pointed) if pointed else ""
+
+    def _stranger(self, key: Json) -> str:
+        """Return why a key is not the one that is looked for."""
+        if key.get("KeyManager") == "AWS":
+            return "belongs to AWS"
+        owner, role = key["tags"].get(OWNER_TAG), key["tags"].get(ROLE_TAG)
+        if owner is None:
+            return UNTAGGED
+        return f"belongs to cluster {owner}" + (f" as its key {role}" if owner == self.owner else "")
 
     def _tags(self, key_id: str) -> dict[str, str]:
         found = self.api.read(
@@ -408,12 +458,16 @@ class Keys:
 
     def _absent(self, alias: str) -> bool:
         resource = f"KMS key {alias}"
-        found, target = self._find_ours(alias)
+        found, target, stranger = self._find(alias)
+        if stranger:
+            self.changes.warnings.append(f"alias/{alias} is that of key {target}, which {stranger}, and is left alone")
         if found is not None and found["KeyState"] not in DOOMED:
             uses = self._uses(found["Arn"])
             if uses:
+                more = f" and {len(uses) - NAMED_USES} more" if len(uses) > NAMED_USES else ""
                 self.changes.warnings.append(
-                    f"{resource} is kept, because it encrypts {', '.join(uses)}; it goes with a destroy after them"
+                    f"{resource} is kept, because it encrypts {', '.join(uses[:NAMED_USES])}{more}; it goes with a"
+                    " destroy after them"
                 )
                 return False
         if found is not None and target == found["KeyId"]:
@@ -425,18 +479,8 @@ class Keys:
             self.api.write("schedule_key_deletion", resource, KeyId=found["KeyId"], PendingWindowInDays=days)
         return True
 
-    def _find_ours(self, alias: str) -> tuple[Json | None, str]:
-        try:
-            found, target = self._find(alias)
-        except PlatformError as error:
-            if "choose another alias" not in str(error):
-                raise
-            return None, ""
-        mine = found is not None and found["tags"].get(OWNER_TAG) == self.owner
-        return (found, target) if mine else (None, "")
-
     def _uses(self, arn: str) -> list[str]:
-        """Return what the key still encrypts, among the given buckets and the region's file systems of the owner."""
+        """Return what the key still encrypts: of the given buckets, and whatever else the account has in the region."""
         uses = []
         for name in self.params["keep_for_buckets"]:
             answer = self.apis("s3").read(
@@ -447,8 +491,9 @@ class Keys:
             )
             if answer and arn in json.dumps(answer["ServerSideEncryptionConfiguration"]):
                 uses.append(f"bucket {name}")
-        systems = self.apis("efs").pages("describe_file_systems", "FileSystems", "the region's file systems")
-        uses += [f"file system {one['FileSystemId']}" for one in systems if one.get("KmsKeyId") == arn]
+        for one in LISTINGS:
+            found = self.apis(one.service).pages(one.operation, one.items, f"the region's {one.kind}s", **one.arguments)
+            uses += [f"{one.kind} {item[one.name]}" for item in found if item.get(one.key) == arn]
         return uses
 
 
@@ -463,7 +508,8 @@ def _tag_list(tags: dict[str, str]) -> list[dict[str, str]]:
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
-    keys = Keys(module.params, module.region, lambda service: Api(module.client(service), changes), changes)
+    apis = cache(lambda service: Api(module.client(service), changes))
+    keys = Keys(module.params, module.region, apis, changes)
     return keys.present() if module.params["state"] == "present" else keys.absent()
 
 

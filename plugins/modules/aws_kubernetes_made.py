@@ -16,6 +16,8 @@ description:
   - With O(state=absent), when the cluster is gone, deletes what its controllers left behind.
   - What bears another owner's tag C(rayplane.io/cluster) is never touched, and neither are volumes whose
     PersistentVolume had the reclaim policy Retain.
+  - IAM has no regions, clusters do. Instance profiles that Karpenter made for a cluster of the same name in another
+    region stay; the tag C(topology.kubernetes.io/region) tells.
 options:
   cluster_name:
     description: Whose things these are.
@@ -77,12 +79,16 @@ from ansible.module_utils.rayplane_aws import Changes, PlatformError, run, wait_
 from ansible.module_utils.rayplane_sweep import KARPENTER_TAGS, KEEP_TAG, PVC_TAGS, Item, Sweep
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
+#: On instance profiles that Karpenter makes: the region of its cluster (karpenter.sh, "CloudFormation" reference).
+_PLACE_TAG = "topology.kubernetes.io/region"
+
 
 class Made:
     """What Kubernetes made for one cluster."""
 
-    def __init__(self, params: dict[str, Any], sweep: Sweep, changes: Changes) -> None:
+    def __init__(self, params: dict[str, Any], region: str, sweep: Sweep, changes: Changes) -> None:
         self.params = params
+        self.region = region
         self.sweep = sweep
         self.changes = changes
         self.timeout: int = params["wait_timeout"]
@@ -284,6 +290,13 @@ class Made:
 
     def _delete_profiles(self) -> None:
         for item in self._kubernetes(list(self.sweep.instance_profiles())):
+            region = item.tags.get(_PLACE_TAG, self.region)
+            if region != self.region:
+                self.changes.warnings.append(
+                    f"{item.text()} is left alone: it is that of the cluster {self.params['cluster_name']} in {region}"
+                    f" by its tag {_PLACE_TAG}, and this run is for {self.region}"
+                )
+                continue
             for role in item.raw.get("Roles", ()):
                 self.sweep.api("iam").write(
                     "remove_role_from_instance_profile",
@@ -314,7 +327,7 @@ def _only_naming(rule: dict[str, Any], groups: set[str]) -> dict[str, Any]:
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
     sweep = Sweep(module.params["cluster_name"], module.client, changes)
-    made = Made(module.params, sweep, changes)
+    made = Made(module.params, module.region, sweep, changes)
     facts = made.released() if module.params["state"] == "released" else made.absent()
     changes.warnings += [f"not looked at: {line}" for line in sweep.unanswered]
     return facts

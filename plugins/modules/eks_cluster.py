@@ -12,15 +12,19 @@ description:
   - Creates, changes, upgrades or deletes an EKS cluster (with its node groups), with a comparison property by
     property and a true check mode.
   - Upgrades go one minor version at a time, as EKS demands; downgrades are refused.
+  - A cluster that does not bear the tag C(rayplane.io/cluster) with its own name was made by something else. It is
+    neither changed nor deleted.
 options:
   name:
     description: Name of the cluster.
     type: str
     required: true
   state:
-    description: Whether the cluster exists.
+    description: >-
+      Whether the cluster exists. V(deletable) changes nothing and fails where V(absent) would refuse, with one call, so
+      that it can be asked before anything else of the platform is deleted.
     type: str
-    choices: [present, absent]
+    choices: [present, absent, deletable]
     default: present
   version:
     description: Kubernetes version, major and minor. Empty takes what EKS offers as its default, and never upgrades.
@@ -182,7 +186,7 @@ class Cluster:
 
     def present(self) -> dict[str, Any]:
         """Bring the cluster to its description and return its facts."""
-        now = find_cluster(self.api, self.name)
+        now = self._find_ours()
         if now is not None and now["status"] == "DELETING":
             self._wait_until_gone()
             now = None
@@ -201,13 +205,8 @@ class Cluster:
 
     def absent(self) -> dict[str, Any]:
         """Delete the cluster, its node groups first."""
-        now = find_cluster(self.api, self.name)
+        now = self._find_deletable()
         if now is not None:
-            if now.get("deletionProtection"):
-                raise PlatformError(
-                    f"{self.resource} is protected against deletion, nothing was deleted: set eks_deletion_protection"
-                    " to false, run deploy.yml --tags eks, then destroy"
-                )
             self._delete_node_groups()
             self.changes.delete(self.resource, {"version": now["version"], "endpoint": now.get("endpoint")})
             if now["status"] != "DELETING":
@@ -215,6 +214,32 @@ class Cluster:
             if not self.changes.check_mode:
                 self._wait_until_gone()
         return {"cluster": {}}
+
+    def deletable(self) -> dict[str, Any]:
+        """Refuse what ``absent`` refuses; otherwise return the cluster's facts."""
+        return {"cluster": facts(self._find_deletable())}
+
+    def _find_ours(self) -> dict[str, Any] | None:
+        """Return the description of the cluster, or None where there is none; refuse one that is not ours."""
+        now: dict[str, Any] | None = find_cluster(self.api, self.name)
+        owner = ((now or {}).get("tags") or {}).get(OWNER_TAG)
+        if now is not None and owner != self.name:
+            whose = f"it bears the tag {OWNER_TAG}={owner}" if owner else f"it does not bear the tag {OWNER_TAG}"
+            raise PlatformError(
+                f"{self.resource} is there and was not made by this platform ({whose}): it is neither changed nor"
+                " deleted. Choose another platform_cluster_name or, to have it managed (and once destroyed) here,"
+                f" aws eks tag-resource --resource-arn {now['arn']} --tags {OWNER_TAG}={self.name}"
+            )
+        return now
+
+    def _find_deletable(self) -> dict[str, Any] | None:
+        now = self._find_ours()
+        if now is not None and now.get("deletionProtection"):
+            raise PlatformError(
+                f"{self.resource} is protected against deletion, nothing was deleted: set eks_deletion_protection"
+                " to false, run deploy.yml --tags eks, then destroy"
+            )
+        return now
 
     def _delete_node_groups(self) -> None:
         for name in self._node_groups():
@@ -494,7 +519,8 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
     eks = Api(module.client("eks"), changes)
     cluster = Cluster(module.params, eks, changes, lambda: Api(module.client("ec2"), changes))
-    return cluster.present() if module.params["state"] == "present" else cluster.absent()
+    states = {"present": cluster.present, "absent": cluster.absent, "deletable": cluster.deletable}
+    return states[module.params["state"]]()
 
 
 def main() -> None:
@@ -502,7 +528,7 @@ def main() -> None:
     module = AnsibleAWSModule(
         argument_spec={
             "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "deletable"], "default": "present"},
             "version": {"type": "str", "default": ""},
             "role_arn": {"type": "str", "default": ""},
             "subnet_ids": {"type": "list", "elements": "str", "default": []},

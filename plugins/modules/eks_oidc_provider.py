@@ -12,6 +12,8 @@ description:
   - Registers the issuer of a cluster's service account tokens with IAM, so that roles can trust service accounts
     (IRSA).
   - No thumbprint is given. IAM verifies EKS's issuers by its own library of certificate authorities.
+  - IAM has no regions, clusters do. The tag C(rayplane.io/region) tells the provider from that of a cluster of the same
+    name elsewhere. One without that tag, made by an earlier version, gets it.
 options:
   cluster_name:
     description: Name of the cluster.
@@ -19,7 +21,7 @@ options:
     required: true
   state:
     description: >-
-      Whether the provider exists. C(absent) finds it by its tag where the cluster is gone already.
+      Whether the provider exists. C(absent) finds it by its tags where the cluster is gone already.
     type: str
     choices: [present, absent]
     default: present
@@ -58,7 +60,17 @@ issuer:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, run, sync_tags, tag_dict, tag_list
+from ansible.module_utils.rayplane_aws import (
+    OWNER_TAG,
+    REGION_TAG,
+    Api,
+    Changes,
+    PlatformError,
+    run,
+    sync_tags,
+    tag_dict,
+    tag_list,
+)
 from ansible.module_utils.rayplane_eks import concurrently, require_cluster
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
@@ -70,13 +82,15 @@ ABSENT = ("NoSuchEntity",)
 class Provider:
     """The OIDC provider of one cluster."""
 
-    def __init__(self, params: dict[str, Any], eks: Api, iam: Api, changes: Changes) -> None:
+    def __init__(self, params: dict[str, Any], region: str, eks: Api, iam: Api, changes: Changes) -> None:
+        self.region = region
         self.eks = eks
         self.iam = iam
         self.changes = changes
         self.cluster_name: str = params["cluster_name"]
         self.resource = f"OIDC provider of cluster {self.cluster_name}"
-        self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.cluster_name}
+        given = {str(key): str(value) for key, value in params["tags"].items()}
+        self.tags = given | {OWNER_TAG: self.cluster_name, REGION_TAG: region}
 
     def present(self) -> dict[str, Any]:
         """Register the issuer, or repair its registration; return its ARN and name."""
@@ -104,12 +118,21 @@ class Provider:
         return {"arn": arn, "issuer": issuer}
 
     def absent(self) -> dict[str, Any]:
-        """Delete what was registered for the cluster, found by its tag."""
+        """Delete what was registered for the cluster, found by its tags."""
         arns = self._arns()
         for arn, provider in zip(arns, concurrently(self._read, arns), strict=True):
-            if provider and tag_dict(provider.get("Tags")).get(OWNER_TAG) == self.cluster_name:
-                self.changes.delete(self.resource, {"arn": arn})
-                self.iam.write("delete_open_id_connect_provider", self.resource, OpenIDConnectProviderArn=arn)
+            tags = tag_dict((provider or {}).get("Tags"))
+            if tags.get(OWNER_TAG) != self.cluster_name:
+                continue
+            region = tags.get(REGION_TAG, self.region)
+            if region != self.region:
+                self.changes.warnings.append(
+                    f"{self.resource} in {region} (tag {REGION_TAG} of {arn}) is left alone, because this run is for"
+                    f" {self.region}; to delete it set platform_region to {region}"
+                )
+                continue
+            self.changes.delete(self.resource, {"arn": arn})
+            self.iam.write("delete_open_id_connect_provider", self.resource, OpenIDConnectProviderArn=arn)
         return {}
 
     def _repair(self, arn: str, now: dict[str, Any]) -> None:
@@ -143,7 +166,7 @@ class Provider:
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
     eks, iam = (Api(module.client(service), changes) for service in ("eks", "iam"))
-    provider = Provider(module.params, eks, iam, changes)
+    provider = Provider(module.params, module.region, eks, iam, changes)
     return provider.present() if module.params["state"] == "present" else provider.absent()
 
 

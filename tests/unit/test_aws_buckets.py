@@ -93,7 +93,7 @@ class FakeS3:
             raise refusal("403", "Forbidden")
         if Bucket not in self.buckets:
             raise refusal("404")
-        return {}
+        return {"BucketRegion": self.buckets[Bucket]["region"]}
 
     def create(self, Bucket: str, CreateBucketConfiguration: Json | None = None) -> Json:
         region = (CreateBucketConfiguration or {}).get("LocationConstraint", "us-east-1")
@@ -122,12 +122,12 @@ def copied(target: str = "c1-copy", **options: Any) -> Json:
 
 
 def reconciler(
-    fake: FakeS3, *wanted: Json, check: bool = False, destroy: bool = False
+    fake: FakeS3, *wanted: Json, check: bool = False, destroy: bool = False, region: str = "us-west-2"
 ) -> tuple[aws_buckets.Buckets, Changes]:
     changes = Changes(check)
     params = {"cluster_name": "c1", "buckets": list(wanted), "tags": {"Team": "x"}, "destroy_data": destroy}
     api = Api(fake.client, changes)
-    return aws_buckets.Buckets(params, "us-west-2", lambda _: api, lambda: ACCOUNT, changes), changes
+    return aws_buckets.Buckets(params, region, lambda _: api, lambda: ACCOUNT, changes), changes
 
 
 def run(fake: FakeS3, *wanted: Json, check: bool = False) -> list[str]:
@@ -279,6 +279,30 @@ def test_without_the_right_to_list_buckets_are_asked_for_one_by_one() -> None:
     run(fake, bucket())
     assert run(fake, bucket()) == []
     assert "head_bucket" in [name for name, _ in fake.client.calls]
+    with pytest.raises(PlatformError, match="is in us-west-2 and not in eu-west-1"):
+        run(fake, bucket(region="eu-west-1"))
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("listable", [False, True])
+def test_destroying_in_the_wrong_region_deletes_no_bucket(listable: bool, check: bool) -> None:
+    fake = FakeS3()
+    run(fake, *SET)
+    fake.listable = listable
+    fake.client.calls.clear()
+    one, changes = reconciler(fake, *SET, check=check, destroy=True, region="eu-west-1")
+    with pytest.raises(
+        PlatformError, match="is in us-west-2 and not in eu-west-1: no bucket was deleted; set platform"
+    ):
+        one.absent()
+    assert changes.actions == []
+    assert fake.client.writes() == []
+    # A copy elsewhere is no mistake.
+    fake = FakeS3()
+    run(fake, bucket(region="eu-west-1"))
+    one, changes = reconciler(fake, bucket(region="eu-west-1"))
+    one.absent()
+    assert changes.actions == ["delete bucket c1-models"]
 
 
 def test_data_is_kept_unless_told() -> None:
@@ -304,7 +328,7 @@ def test_data_is_kept_unless_told() -> None:
 
 def test_data_without_our_tag_is_never_deleted() -> None:
     fake = FakeS3()
-    fake.create("c1-models")
+    fake.create("c1-models", {"LocationConstraint": "us-west-2"})
     fake.objects["c1-models"] = [{"Key": "k", "VersionId": "1"}]
     one, _ = reconciler(fake, bucket(), destroy=True)
     assert one.absent() == {"kept": ["c1-models"]}

@@ -11,6 +11,7 @@ from rayplane_iam import aws_partition, aws_service_trust, bucket_reader_policy
 
 READ_ONLY = "arn:aws:iam::aws:policy/ReadOnlyAccess"
 ADMIN = "arn:aws:iam::aws:policy/AdministratorAccess"
+TAGS = {"rayplane.io/cluster": "c1", "rayplane.io/region": "us-west-2"}
 
 
 def test_partitions() -> None:
@@ -50,7 +51,7 @@ class FakeIam:
 
     def __init__(self, exists: bool = True) -> None:
         self.exists = exists
-        self.owner = "c1"
+        self.tags: dict[str, str] = dict(TAGS)
         self.below: list[str] = []
         self.attached = {READ_ONLY}
         self.inline: dict[str, Any] = {"read": {"Statement": []}}
@@ -81,7 +82,7 @@ class FakeIam:
     def get_role(self, **_: Any) -> Any:
         if not self.exists:
             raise refusal("NoSuchEntity")
-        tags = [{"Key": "rayplane.io/cluster", "Value": self.owner}]
+        tags = [{"Key": key, "Value": value} for key, value in self.tags.items()]
         return {"Role": {"Arn": "arn:r", "AssumeRolePolicyDocument": self.trust, "Tags": tags}}
 
 
@@ -100,6 +101,7 @@ def roles(fake: FakeIam, check: bool = False, prune_path: str = "", **role: Any)
     }
     return aws_iam_roles.Roles(
         {"cluster_name": "c1", "roles": [wanted], "prune_path": prune_path, "tags": {}},
+        "us-west-2",
         Api(fake.client, changes),
         changes,
     ), changes
@@ -110,6 +112,7 @@ def test_roles_are_predicted_with_their_inline_policies() -> None:
     reconciler, changes = roles(fake, check=True)
     assert reconciler.present() == {"arns": {"r": "<new role r>"}}
     assert "read" in changes.result()["diff"][0]["after"]["inline_policies"]
+    assert changes.result()["diff"][0]["after"]["tags"] == TAGS
     assert fake.client.writes() == []
 
 
@@ -170,12 +173,81 @@ def test_a_role_that_is_switched_off_goes() -> None:
 
 def test_another_clusters_role_is_neither_taken_nor_deleted() -> None:
     fake = FakeIam()
-    fake.owner = "c2"
+    fake.tags = {**TAGS, "rayplane.io/cluster": "c2", "rayplane.io/region": "eu-west-1"}
     reconciler, _ = roles(fake)
     with pytest.raises(PlatformError, match="belongs to cluster c2"):
         reconciler.present()
+    reconciler, changes = roles(fake)
     reconciler.absent()
+    assert changes.actions == []
+    assert changes.warnings == ["role r belongs to cluster c2 by its tag rayplane.io/cluster, and is left alone"]
     assert fake.client.writes() == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_role_made_by_hand_is_neither_taken_nor_deleted(check: bool) -> None:
+    fake = FakeIam()
+    fake.tags = {"Team": "x"}
+    with pytest.raises(PlatformError, match=r"(?s)role r is there already and bears no tag .*aws iam tag-role"):
+        roles(fake, check)[0].present()
+    # Switched off by an ordinary deployment, taken apart by destroying, below the path of the cluster's own.
+    for reconciler, changes in (roles(fake, check, state="absent"), roles(fake, check)):
+        if reconciler.params["roles"][0]["state"] == "absent":
+            assert reconciler.present() == {"arns": {}}
+        else:
+            reconciler.absent()
+        assert changes.actions == []
+        assert changes.warnings == ["role r bears no tag rayplane.io/cluster=c1, and is left alone"]
+    fake.below = ["stray"]
+    reconciler, changes = roles(fake, check, prune_path="/rayplane/c1/")
+    reconciler.absent()
+    assert changes.actions == [] and len(changes.warnings) == 2
+    assert fake.client.writes() == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("state", ["present", "absent"])
+def test_a_role_of_the_same_cluster_in_another_region_ends_the_run(state: str, check: bool) -> None:
+    fake = FakeIam()
+    fake.tags["rayplane.io/region"] = "eu-west-1"
+    fake.attached = {ADMIN}
+    reconciler, changes = roles(fake, check, state=state)
+    said = r"c1 in eu-west-1 .*this run is for us-west-2: no role was touched. Set platform_region to eu-west-1"
+    for act in (reconciler.present, reconciler.absent):
+        with pytest.raises(PlatformError, match=said):
+            act()
+    assert changes.actions == []
+    assert fake.client.writes() == []
+
+
+def test_the_region_is_looked_at_before_anything_is_deleted() -> None:
+    fake = FakeIam()
+    fake.below = ["elsewhere"]
+    get = fake.get_role
+
+    def get_role(RoleName: str) -> Any:
+        fake.tags = {**TAGS, "rayplane.io/region": "eu-west-1"} if RoleName == "elsewhere" else TAGS
+        return get()
+
+    fake.client.handlers["get_role"] = get_role
+    for act in ("present", "absent"):
+        with pytest.raises(PlatformError, match="role elsewhere is that of the cluster c1 in eu-west-1"):
+            getattr(roles(fake, prune_path="/rayplane/c1/", state="absent")[0], act)()
+    assert fake.client.writes() == []
+
+
+def test_a_role_of_an_earlier_version_gets_its_region_and_counts_as_ours() -> None:
+    fake = FakeIam()
+    del fake.tags["rayplane.io/region"]
+    reconciler, changes = roles(fake)
+    reconciler.present()
+    assert changes.actions == ["update role r: tag rayplane.io/region: absent -> us-west-2"]
+    assert fake.client.writes() == [
+        ("tag_role", {"RoleName": "r", "Tags": [{"Key": "rayplane.io/region", "Value": "us-west-2"}]})
+    ]
+    reconciler, changes = roles(fake)
+    reconciler.absent()
+    assert changes.actions == ["delete role r"]
 
 
 def test_roles_of_a_path_that_are_not_listed_go() -> None:

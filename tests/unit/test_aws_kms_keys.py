@@ -14,7 +14,7 @@ ACCOUNT = "111122223333"
 
 
 class FakeAccount:
-    """KMS and what the module asks besides: STS, IAM, S3 and EFS."""
+    """KMS and what the module asks besides: STS, IAM, S3, EFS, EC2 and CloudWatch Logs."""
 
     def __init__(self) -> None:
         self.keys: dict[str, Json] = {}
@@ -23,6 +23,9 @@ class FakeAccount:
         self.unknown_role_answers = 0
         self.encrypted: dict[str, str] = {}
         self.systems: list[Json] = []
+        self.volumes: list[Json] = []
+        self.snapshots: list[Json] = []
+        self.groups: list[Json] = []
         kms = FakeClient(
             "kms",
             describe_key=self.describe,
@@ -51,6 +54,10 @@ class FakeAccount:
             "iam": FakeClient("iam", list_roles=self.roles, create_service_linked_role=self.make_role),
             "s3": FakeClient("s3", get_bucket_encryption=self.encryption),
             "efs": FakeClient("efs", describe_file_systems=lambda: {"FileSystems": self.systems}),
+            "ec2": FakeClient(
+                "ec2", describe_volumes=self.describe_volumes, describe_snapshots=self.describe_snapshots
+            ),
+            "logs": FakeClient("logs", describe_log_groups=lambda: {"logGroups": self.groups}),
         }
 
     def describe(self, KeyId: str) -> Json:
@@ -102,8 +109,17 @@ class FakeAccount:
         default = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": self.encrypted[Bucket]}
         return {"ServerSideEncryptionConfiguration": {"Rules": [{"ApplyServerSideEncryptionByDefault": default}]}}
 
+    def describe_volumes(self, Filters: list[Json]) -> Json:
+        wanted = {one["Name"]: one["Values"] for one in Filters}
+        assert wanted["encrypted"] == ["true"]
+        return {"Volumes": [one for one in self.volumes if one["State"] in wanted["status"]]}
+
+    def describe_snapshots(self, OwnerIds: list[str], Filters: list[Json]) -> Json:
+        assert OwnerIds == ["self"] and Filters == [{"Name": "encrypted", "Values": ["true"]}]
+        return {"Snapshots": self.snapshots}
+
     def writes(self) -> list[str]:
-        return [name for name, _ in self.clients["kms"].writes()]
+        return [name for client in self.clients.values() for name, _ in client.writes()]
 
 
 def keys(account: FakeAccount, check: bool = False, **options: Any) -> tuple[aws_kms_keys.Keys, Changes]:
@@ -220,11 +236,12 @@ def test_an_interrupted_creation_is_continued() -> None:
 def test_a_key_of_somebody_else_is_refused() -> None:
     account = made()
     retag(account, "k1", {"rayplane.io/cluster": "c2"})
-    with pytest.raises(PlatformError, match="belongs to cluster c2: choose another alias"):
+    with pytest.raises(PlatformError, match=r"belongs to cluster c2, .*: choose another alias"):
         keys(account)[0].present()
     one, changes = keys(account)
     assert one.absent() == {"kept": []}
     assert changes.actions == []
+    assert "belongs to cluster c2, and is left alone" in changes.warnings[0]
 
 
 def test_a_destroyed_key_is_restored_and_not_doubled() -> None:
@@ -255,6 +272,78 @@ def test_a_key_that_encrypts_what_was_kept_is_kept() -> None:
     assert "bucket c1-models, file system fs-1;" in changes.warnings[0]
     account.encrypted, account.systems = {"c1-models": "another"}, []
     assert keys(account)[0].absent() == {"kept": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "said"),
+    [
+        ("volumes", {"VolumeId": "vol-1", "State": "available"}, "volume vol-1"),
+        ("snapshots", {"SnapshotId": "snap-1"}, "snapshot snap-1"),
+        ("groups", {"logGroupName": "/aws/eks/c1/cluster"}, "log group /aws/eks/c1/cluster"),
+    ],
+)
+def test_volumes_snapshots_and_logs_keep_their_key(kind: str, item: Json, said: str) -> None:
+    account = made()
+    arn = account.keys["k1"]["meta"]["Arn"]
+    name = "kmsKeyId" if kind == "groups" else "KmsKeyId"
+    setattr(account, kind, [{**item, name: arn}])
+    for check in (True, False):
+        one, changes = keys(account, check)
+        assert one.absent() == {"kept": ["c1"]}
+        assert changes.actions == []
+        assert changes.warnings == [
+            f"KMS key c1 is kept, because it encrypts {said}; it goes with a destroy after them"
+        ]
+    assert account.writes() == []
+    # Another key's, or none's, is no reason.
+    setattr(account, kind, [{**item, name: arn + "0"}, item])
+    assert keys(account)[0].absent() == {"kept": []}
+
+
+def test_what_a_key_encrypts_is_named_in_one_sentence() -> None:
+    account = made()
+    arn = account.keys["k1"]["meta"]["Arn"]
+    account.volumes = [{"VolumeId": "vol-gone", "State": "deleting", "KmsKeyId": arn}]
+    account.snapshots = [{"SnapshotId": f"snap-{number}", "KmsKeyId": arn} for number in range(12)]
+    one, changes = keys(account)
+    one.absent()
+    assert "snapshot snap-9 and 2 more; it goes" in changes.warnings[0]
+    assert "vol-gone" not in changes.warnings[0]
+
+
+def test_a_service_that_does_not_tell_what_it_encrypts_ends_the_run() -> None:
+    account = made()
+
+    def refuse() -> Any:
+        raise refusal("AccessDeniedException")
+
+    account.clients["logs"].handlers["describe_log_groups"] = refuse
+    with pytest.raises(PlatformError, match="the permission logs:DescribeLogGroups"):
+        keys(account)[0].absent()
+    assert account.writes() == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_key_made_by_hand_is_neither_taken_nor_deleted(check: bool) -> None:
+    account = made()
+    retag(account, "k1", {"Team": "y"})
+    policy = account.keys["k1"]["policy"] = "{}"
+    said = (
+        r"alias/c1 is that of key k1, which bears no tag rayplane.io/cluster .*choose another alias"
+        r" .*tag-resource --key-id k1 --tags TagKey=rayplane.io/cluster,TagValue=c1"
+    )
+    with pytest.raises(PlatformError, match=said):
+        keys(account, check)[0].present()
+    one, changes = keys(account, check)
+    assert one.absent() == {"kept": []}
+    assert changes.actions == []
+    assert changes.warnings[0].startswith("alias/c1 is that of key k1, which bears no tag")
+    assert account.writes() == [] and account.keys["k1"]["policy"] == policy
+    # The cure.
+    retag(account, "k1", {"rayplane.io/cluster": "c1"})
+    one, changes = keys(account, check)
+    one.present()
+    assert "update KMS key c1: tag rayplane.io/role: absent -> c1" in changes.actions
 
 
 def test_numbers_that_kms_refuses_are_refused() -> None:

@@ -3,6 +3,11 @@
 # ruff: noqa: N803, PLW0108 -- the fakes take arguments under the names AWS gives them
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +16,12 @@ import aws_leftovers
 import k8s_api_probe
 import k8s_release_cloud
 import pytest
+import yaml
 from ansible.module_utils.kube_api import ApiError, Connection, KubeError, Resource
 from ansible.module_utils.rayplane_aws import OWNER_TAG, Changes, PlatformError
 from ansible.module_utils.rayplane_sweep import KEEP_TAG, Sweep, belongs
 from aws_fake import Clock, FakeClient, refusal
+from conftest import PROJECT
 
 OWNED = {"kubernetes.io/cluster/c1": "owned"}
 PVC = {**OWNED, "kubernetes.io/created-for/pvc/name": "data"}
@@ -56,6 +63,7 @@ class Account:
         self.targets = {"arn:tg": {"elbv2.k8s.aws/cluster": "c1"}}
         self.logs = ["/aws/eks/c1/cluster"]
         self.buckets: dict[str, bool] = {}
+        self.profiles: dict[str, dict[str, str]] = {}
         self.revoked: list[Any] = []
         none = {"IsTruncated": False}
 
@@ -137,7 +145,18 @@ class Account:
                 "iam",
                 list_roles=lambda **_: {"Roles": [], **none},
                 list_policies=lambda **_: {"Policies": [], **none},
-                list_instance_profiles=lambda **_: {"InstanceProfiles": [], **none},
+                list_instance_profiles=lambda **_: {
+                    "InstanceProfiles": [
+                        {"InstanceProfileName": name, "Arn": f"arn:{name}", "Roles": [{"RoleName": "c1-node"}]}
+                        for name in self.profiles
+                    ],
+                    **none,
+                },
+                list_instance_profile_tags=lambda InstanceProfileName: {
+                    "Tags": tag_list(self.profiles[InstanceProfileName])
+                },
+                remove_role_from_instance_profile=lambda **_: {},
+                delete_instance_profile=lambda InstanceProfileName: self.profiles.pop(InstanceProfileName),
                 list_open_id_connect_providers=lambda: {"OpenIDConnectProviderList": []},
             ),
             "s3": FakeClient(
@@ -196,7 +215,8 @@ class Account:
 def made(account: Account, check: bool = False, **params: Any) -> tuple[dict[str, Any], Changes]:
     changes = Changes(check)
     given = {"cluster_name": "c1", "state": "absent", "retained_volumes": {}, "volumes": True, "keep_logs": False}
-    module = SimpleNamespace(params={**given, "wait_timeout": 60, **params}, client=account.clients.__getitem__)
+    client = account.clients.__getitem__
+    module = SimpleNamespace(params={**given, "wait_timeout": 60, **params}, client=client, region="us-west-2")
     return aws_kubernetes_made.reconcile(module, changes), changes
 
 
@@ -218,6 +238,24 @@ def test_leftovers_of_controllers_are_deleted_and_nothing_else(monkeypatch: pyte
     assert revoked["IpPermissions"][0]["UserIdGroupPairs"] == [{"GroupId": "sg-lb", "UserId": "1"}]
     _, again = made(account)
     assert again.actions == []
+
+
+def test_instance_profiles_of_another_region_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    place = "topology.kubernetes.io/region"
+    here = {"c1_here": {**OWNED, place: "us-west-2"}, "c1_before": OWNED}
+    account = Account()
+    account.profiles = {**here, "c1_there": {**OWNED, place: "eu-west-1"}}
+    _, predicted = made(account, check=True)
+    _, changes = made(account)
+    assert list(account.profiles) == ["c1_there"]
+    for one in (predicted, changes):
+        deleted = [action for action in one.actions if "instance profile" in action]
+        assert deleted == [f"delete instance profile {name} (arn:{name})" for name in here]
+        assert one.warnings[0] == (
+            "instance profile c1_there (arn:c1_there) is left alone: it is that of the cluster c1 in eu-west-1 by its"
+            f" tag {place}, and this run is for us-west-2"
+        )
 
 
 def test_nothing_is_deleted_while_the_controllers_run() -> None:
@@ -299,6 +337,59 @@ def test_an_essential_service_that_refuses_is_no_proof() -> None:
     account.clients["ec2"].handlers["describe_volumes"] = account.refuse
     with pytest.raises(PlatformError, match="DescribeVolumes"):
         Sweep("c1", account.clients.__getitem__, Changes(False)).everything()
+
+
+# The playbook
+
+
+def load(*parts: str) -> Any:
+    return yaml.safe_load(PROJECT.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def test_whether_the_cluster_may_be_deleted_is_asked_before_anything_is() -> None:
+    plays = load("playbooks", "destroy.yml")
+    includes = [
+        (task["ansible.builtin.include_role"], play["hosts"])
+        for play in plays
+        for task in play["tasks"]
+        if "ansible.builtin.include_role" in task
+    ]
+    assert includes[0] == ({"name": "cleanup", "tasks_from": "reach"}, "clusters")
+    first = load("roles", "cleanup", "tasks", "reach.yml")[0]
+    assert first["eks_cluster"] == {"name": "{{ platform_cluster_name }}", "state": "deletable"}
+    assert first["when"] == "platform == 'aws'"
+
+
+def test_a_key_that_was_kept_is_no_surprise(tmp_path: Path) -> None:
+    expected = {
+        "not_run": (None, ["EFS file system"]),
+        "skipped": ({"skipped": True, "changed": False}, ["EFS file system"]),
+        "deleted": ({"kept": []}, ["EFS file system"]),
+        "kept": ({"kept": ["c1"]}, ["EFS file system", "KMS alias", "KMS key"]),
+    }
+    hosts = {host: {"__encryption_result": said} if said is not None else {} for host, (said, _) in expected.items()}
+    variables = {"ansible_connection": "local", "cleanup_kept": {"EFS file system": "shared"}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": variables}}))
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars_files": [str(PROJECT / "roles/cleanup/vars/main.yml")],
+        "tasks": [{"ansible.builtin.debug": {"var": "__cleanup_kept"}}],
+    }
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    answer = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path / "hosts.yml", tmp_path / "play.yml"],
+        cwd=PROJECT,
+        env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (task,) = json.loads(answer.stdout[answer.stdout.index("{\n") :])["plays"][0]["tasks"]
+    kept = {host: sorted(result["__cleanup_kept"]) for host, result in task["hosts"].items()}
+    assert kept == {host: kinds for host, (_, kinds) in expected.items()}
 
 
 # Kubernetes

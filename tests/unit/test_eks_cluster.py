@@ -1,6 +1,7 @@
 """The control plane: creation, property by property updates, upgrades in order, refusals, bounded waits."""
 
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
+import re
 from typing import Any
 
 import eks_cluster
@@ -124,7 +125,7 @@ def converge(eks: FakeEks, check: bool = False, **params: Any) -> tuple[dict[str
     cluster = eks_cluster.Cluster(
         {**PARAMS, **params}, Api(eks.client, changes), changes, lambda: Api(eks.ec2, changes)
     )
-    return (cluster.absent() if params.get("state") == "absent" else cluster.present()), changes
+    return getattr(cluster, params.get("state", "present"))(), changes
 
 
 @pytest.fixture(autouse=True)
@@ -350,3 +351,44 @@ def test_the_security_group_is_tagged_for_discovery_and_predicted() -> None:
     assert converge(eks, security_group_tags=tags)[1].actions == []
     eks.cluster = None
     assert converge(eks, check=True, security_group_tags=tags)[1].actions == ["create cluster c1", *said]
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("state", ["present", "absent", "deletable"])
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({"Terraform": "true"}, r"\(it does not bear the tag rayplane.io/cluster\)"),
+        (None, r"\(it does not bear the tag rayplane.io/cluster\)"),
+        ({"rayplane.io/cluster": "c2"}, r"\(it bears the tag rayplane.io/cluster=c2\)"),
+    ],
+)
+def test_a_cluster_of_somebody_else_is_neither_changed_nor_deleted(
+    tags: Any, why: str, state: str, check: bool
+) -> None:
+    for status in ("ACTIVE", "DELETING"):
+        eks = FakeEks(tags=tags, logging={}, status=status)
+        eks.groups = ["gpu"]
+        with pytest.raises(PlatformError) as caught:
+            converge(eks, check, state=state)
+        assert re.search(f"cluster c1 is there and was not made by this platform {why}", str(caught.value))
+        assert str(caught.value).endswith(
+            "Choose another platform_cluster_name or, to have it managed (and once destroyed) here, aws eks"
+            " tag-resource --resource-arn arn:aws:eks:us-west-2:1:cluster/c1 --tags rayplane.io/cluster=c1"
+        )
+        assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
+
+
+def test_whether_a_cluster_may_be_deleted_takes_one_call_and_changes_nothing() -> None:
+    eks = FakeEks()
+    eks.groups = ["gpu"]
+    facts, changes = converge(eks, state="deletable")
+    assert facts["cluster"]["endpoint"] == "https://c1"
+    assert changes.result() == {"changed": False, "actions": [], "diff": []}
+    assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
+    eks = FakeEks(deletionProtection=True)
+    with pytest.raises(PlatformError, match="nothing was deleted: set eks_deletion_protection"):
+        converge(eks, state="deletable")
+    assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
+    eks.cluster = None
+    assert converge(eks, state="deletable")[0] == {"cluster": {}}

@@ -32,7 +32,7 @@ class FakeAccount:
             ]["ClientIDList"].append(ClientID),
             tag_open_id_connect_provider=lambda OpenIDConnectProviderArn, Tags: self.providers[
                 OpenIDConnectProviderArn
-            ].update(Tags=Tags),
+            ]["Tags"].extend(Tags),
             delete_open_id_connect_provider=self.delete,
         )
 
@@ -49,11 +49,18 @@ class FakeAccount:
         del self.providers[OpenIDConnectProviderArn]
 
 
-def provide(fake: FakeAccount, state: str = "present", check: bool = False) -> tuple[dict[str, Any], list[str]]:
+def reconcile(
+    fake: FakeAccount, state: str, check: bool = False, region: str = "us-west-2"
+) -> tuple[dict[str, Any], Changes]:
     changes = Changes(check)
     params = {"cluster_name": "c1", "tags": {}}
-    provider = eks_oidc_provider.Provider(params, Api(fake.eks, changes), Api(fake.iam, changes), changes)
-    return (provider.present() if state == "present" else provider.absent()), changes.actions
+    provider = eks_oidc_provider.Provider(params, region, Api(fake.eks, changes), Api(fake.iam, changes), changes)
+    return (provider.present() if state == "present" else provider.absent()), changes
+
+
+def provide(fake: FakeAccount, state: str = "present", check: bool = False) -> tuple[dict[str, Any], list[str]]:
+    facts, changes = reconcile(fake, state, check)
+    return facts, changes.actions
 
 
 def test_the_issuer_is_registered_once() -> None:
@@ -84,7 +91,9 @@ def test_audience_and_tags_are_repaired() -> None:
     assert provide(fake)[1] == [
         "update OIDC provider of cluster c1: audiences: ['mine'] -> ['mine', 'sts.amazonaws.com']",
         "update OIDC provider of cluster c1: tag rayplane.io/cluster: absent -> c1",
+        "update OIDC provider of cluster c1: tag rayplane.io/region: absent -> us-west-2",
     ]
+    assert provide(fake)[1] == []
 
 
 def test_only_the_clusters_own_goes_also_without_the_cluster() -> None:
@@ -94,3 +103,20 @@ def test_only_the_clusters_own_goes_also_without_the_cluster() -> None:
     assert provide(fake, "absent")[1] == ["delete OIDC provider of cluster c1"]
     assert list(fake.providers) == [OTHER]
     assert provide(fake, "absent")[1] == []
+
+
+def test_that_of_a_cluster_of_the_same_name_in_another_region_stays() -> None:
+    fake = FakeAccount()
+    provide(fake)
+    fake.iam.calls.clear()
+    for check in (True, False):
+        _, changes = reconcile(fake, "absent", check, region="eu-west-1")
+        assert changes.actions == []
+        assert changes.warnings == [
+            f"OIDC provider of cluster c1 in us-west-2 (tag rayplane.io/region of {ARN}) is left alone, because this"
+            " run is for eu-west-1; to delete it set platform_region to us-west-2"
+        ]
+    assert fake.iam.writes() == []
+    # One of an earlier version bears no region.
+    fake.providers[ARN]["Tags"] = [{"Key": "rayplane.io/cluster", "Value": "c1"}]
+    assert reconcile(fake, "absent")[1].actions == ["delete OIDC provider of cluster c1"]

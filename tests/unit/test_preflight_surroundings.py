@@ -15,6 +15,7 @@ import yaml
 from ansible.module_utils import rayplane_preflight_environment as environment
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import Problem
+from botocore.exceptions import ClientError
 from conftest import PROJECT
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -190,6 +191,29 @@ def test_unknown_region() -> None:
     with answering(200, IDENTITY, "text/xml") as endpoint:
         (problem,) = live.check_aws(KEYS, "", "us-wset-2", endpoint)
     assert (problem.variable, problem.cure) == ("platform_region", "did you mean us-west-2?")
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ({"rayplane.io/cluster": "one", "rayplane.io/region": "eu-west-1"}, "eu-west-1"),
+        ({"rayplane.io/cluster": "one", "rayplane.io/region": "us-west-2"}, ""),
+        ({"rayplane.io/cluster": "one"}, ""),
+        ({"rayplane.io/cluster": "other", "rayplane.io/region": "eu-west-1"}, ""),
+        (None, ""),
+    ],
+)
+def test_a_cluster_that_stands_in_another_region(tags: dict[str, str] | None, found: str) -> None:
+    class Iam:
+        def get_role(self, **given: str) -> dict[str, Any]:
+            assert given == {"RoleName": "one-control-plane"}
+            if tags is None:
+                raise ClientError({"Error": {"Code": "NoSuchEntity"}}, "GetRole")
+            return {"Role": {"Tags": [{"Key": key, "Value": value} for key, value in tags.items()]}}
+
+    problems = list(live._elsewhere(Iam(), "us-west-2", "one"))
+    assert [problem.variable for problem in problems] == (["platform_region"] if found else [])
+    assert all(f"set platform_region to {found}" in problem.cure for problem in problems)
 
 
 # --- kubeconfig ------------------------------------------------------------------------------------------------------
