@@ -40,6 +40,7 @@ _DURATION = re.compile(r"(([0-9]+(s|m|h))+|Never)\Z")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _ALIAS = re.compile(r"(al2|al2023|bottlerocket)@(.+)\Z")
 _CAPACITY = ("on-demand", "spot", "reserved")
+_CAPACITY_KEY = "karpenter.sh/capacity-type"
 _POLICIES = ("WhenEmpty", "WhenEmptyOrUnderutilized", "Balanced")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 # Karpenter puts these on its instances itself, and refuses classes that have them.
@@ -359,6 +360,16 @@ def karpenter_objects(pools: Sequence[Json], classes: Sequence[Json], settings: 
     return [_node_class(entry, settings) for entry in classes] + [_node_pool(pool) for pool in pools]
 
 
+def karpenter_wants_spot(pools: Sequence[Json]) -> bool:
+    """Whether one of the NodePools may start spot instances."""
+
+    def admits(requirement: Json) -> bool:
+        values, operator = requirement.get("values", ()), requirement["operator"]
+        return {"In": "spot" in values, "NotIn": "spot" not in values, "Exists": True}.get(operator, False)
+
+    return any(all(admits(one) for one in _requirements(pool) if one["key"] == _CAPACITY_KEY) for pool in pools)
+
+
 def karpenter_targets(objects: Sequence[Json], deployments: Sequence[str], namespace: str) -> list[Json]:
     """What to wait for: the controller, then what it says of each class and pool (k8s_apply_set's ``wait_for``)."""
     targets: list[Json] = [
@@ -467,7 +478,7 @@ def _requirements(pool: Mapping[str, Any]) -> list[Json]:
     requirements = [
         *among("kubernetes.io/os", ["linux"]),
         *among("kubernetes.io/arch", pool.get("architectures", ["amd64"])),
-        *among("karpenter.sh/capacity-type", pool.get("capacity_types", ["on-demand"])),
+        *among(_CAPACITY_KEY, pool.get("capacity_types", ["on-demand"])),
         *among("node.kubernetes.io/instance-type", pool.get("instance_types")),
         *among("karpenter.k8s.aws/instance-family", pool.get("instance_families")),
         *among("karpenter.k8s.aws/instance-category", pool.get("instance_categories")),
@@ -502,4 +513,5 @@ class FilterModule:
             "karpenter_objects": karpenter_objects,
             "karpenter_problems": karpenter_problems,
             "karpenter_targets": karpenter_targets,
+            "karpenter_wants_spot": karpenter_wants_spot,
         }

@@ -14,6 +14,8 @@ from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformE
 __all__ = [
     "ABSENT",
     "AMI_TYPES",
+    "GPU_LABEL",
+    "NEURON_TAG",
     "EksSet",
     "accelerator",
     "concurrently",
@@ -21,6 +23,7 @@ __all__ = [
     "health",
     "image_problem",
     "minor",
+    "neuron_devices",
     "node_group_problem",
     "node_labels",
     "require_cluster",
@@ -50,6 +53,44 @@ AMI_TYPES = [
     "BOTTLEROCKET_ARM_64_NVIDIA_FIPS",
     "CUSTOM",
 ]
+
+#: The label by which the cluster autoscaler knows that a node is going to have a GPU: until the device plugin says so,
+#: it takes the node for one that is still coming up, and adds no other in its place. Source: kubernetes/autoscaler,
+#: cloudprovider/aws/README.md, "Special note on GPU instances".
+GPU_LABEL = "k8s.amazonaws.com/accelerator"
+#: The tag that tells the cluster autoscaler how many Neuron devices a node of an empty group would have: unlike GPUs it
+#: does not know them by the instance type. It reads the tags of managed node groups by DescribeNodegroup. Source:
+#: kubernetes/autoscaler, cloudprovider/aws/aws_manager.go, buildNodeFromTemplate.
+NEURON_TAG = "k8s.io/cluster-autoscaler/node-template/resources/aws.amazon.com/neuron"
+
+# Names of GPUs by instance family: upstream's where it has one (aws_cloud_provider.go, availableGPUTypes), or in its
+# manner. The autoscaler goes by the label's key; the name shows in its metrics.
+_GPUS = {
+    "nvidia-tesla-k80": ("p2",),
+    "nvidia-tesla-m60": ("g3", "g3s"),
+    "nvidia-tesla-v100": ("p3", "p3dn"),
+    "nvidia-tesla-t4": ("g4dn",),
+    "nvidia-t4g": ("g5g",),
+    "nvidia-tesla-a100": ("p4d", "p4de"),
+    "nvidia-a10g": ("g5",),
+    "nvidia-l4": ("g6", "g6f", "gr6", "gr6f"),
+    "nvidia-l40s": ("g6e",),
+    "nvidia-h100": ("p5",),
+    "nvidia-h200": ("p5e", "p5en"),
+    "nvidia-b200": ("p6-b200",),
+    "nvidia-b300": ("p6-b300",),
+    "nvidia-gb200": ("p6e-gb200",),
+}
+_GPU_OF_FAMILY = {family: name for name, families in _GPUS.items() for family in families}
+
+# Neuron devices (chips) of a machine. Source: AWS Neuron documentation, the architecture pages of Inf1, Inf2, Trn1 and
+# Trn2.
+_NEURON_DEVICES = {
+    **{"inf1.xlarge": 1, "inf1.2xlarge": 1, "inf1.6xlarge": 4, "inf1.24xlarge": 16},
+    **{"inf2.xlarge": 1, "inf2.8xlarge": 1, "inf2.24xlarge": 6, "inf2.48xlarge": 12},
+    **{"trn1.2xlarge": 1, "trn1.32xlarge": 16, "trn1n.32xlarge": 16},
+    **{"trn2.3xlarge": 1, "trn2.48xlarge": 16, "trn2u.48xlarge": 16},
+}
 
 # Calls under way at a time: enough to hide latency, few enough for the rate limits of EKS and IAM.
 READERS = 8
@@ -268,8 +309,8 @@ def node_group_problem(group: Mapping[str, Any]) -> str:
         return f"min {low}, desired {desired}, max {high} do not fit: 0 <= min <= desired <= max and max >= 1"
     types, image = group.get("instance_types", ["m5.2xlarge"]), group.get("ami_type", "AL2023_x86_64_STANDARD")
     template = group.get("launch_template") or {}
-    if not types:
-        return "instance_types is empty: name at least one"
+    if not types and not template:
+        return "instance_types is empty: name at least one, or give a launch_template that names the type"
     if image == "CUSTOM" and not template:
         return "ami_type CUSTOM takes its image from launch_template: give one with id or name, and version"
     if template and not ({"id", "name"} & set(template)):
@@ -292,6 +333,8 @@ def _capacity_problem(group: Mapping[str, Any]) -> str:
             return "capacity_type CAPACITY_BLOCK needs capacity_reservation_id, the block's id (cr-...)"
         if len(group.get("instance_types", ())) != 1:
             return "a capacity block holds instances of one type: name that one in instance_types"
+    if kind == "CAPACITY_BLOCK" and template and group.get("instance_types", ["m5.2xlarge"]):
+        return "the type of a capacity block stands in the launch_template where one is given: write instance_types: []"
     if kind == "SPOT" and (reservation or preference):
         return "spot nodes do not run in reservations: set capacity_type ON_DEMAND, or drop the reservation"
     if reservation and preference:
@@ -304,11 +347,32 @@ def _capacity_problem(group: Mapping[str, Any]) -> str:
     return ""
 
 
-def node_labels(ami_type: str) -> dict[str, str]:
-    """Return the labels that nodes of an image bear, which device plugins are placed by."""
+def node_labels(ami_type: str, instance_types: Sequence[str] = (), *, gpu_label: bool = True) -> dict[str, str]:
+    """Return the labels that nodes of an image bear: device plugins are placed by them, the autoscaler goes by them.
+
+    ``gpu_label`` is whether ``GPU_LABEL`` is among them. It must not be where the device plugin calls GPUs anything but
+    ``nvidia.com/gpu``: the cluster autoscaler knows no other name, and would take such nodes for unready for ever
+    (kubernetes/autoscaler issue 8095).
+    """
     has = _image_accelerator(ami_type)
     labels = {"rayplane.io/accelerator": has} if has else {}
+    if has == "nvidia" and gpu_label:
+        names = {_GPU_OF_FAMILY.get(one.partition(".")[0], has) for one in instance_types}
+        # One label for all nodes of a group: where they differ it only says whose they are.
+        labels[GPU_LABEL] = names.pop() if len(names) == 1 else has
     # Bottlerocket's NVIDIA images run the device plugin on the node themselves.
     if has and ami_type.startswith("BOTTLEROCKET"):
         labels["rayplane.io/device-plugin"] = "image"
     return labels
+
+
+def neuron_devices(instance_types: Sequence[str]) -> int | None:
+    """Return the Neuron devices that every machine of these types has, 0 where one has none, None if it is not known.
+
+    Where the types differ it is the fewest: what fits there fits all of them.
+    """
+    if not instance_types or any(accelerator(one) != "neuron" for one in instance_types):
+        return 0
+    counts = [_NEURON_DEVICES.get(one) for one in instance_types]
+    known = [one for one in counts if one is not None]
+    return min(known) if len(known) == len(counts) else None

@@ -19,7 +19,11 @@ _ROLE_SETTLES = 60
 
 
 class FlowLogs:
-    """One flow log of the VPC with what it needs: a log group and a role, or a bucket that exists."""
+    """One flow log of the VPC with what it needs: a log group and a role, or a bucket that exists.
+
+    A bucket that is made after the network (``flow_logs_bucket_later``) is waited for: as long as it is missing, the
+    flow log is ``pending``, and left to a later call for this part alone.
+    """
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -28,6 +32,7 @@ class FlowLogs:
         self.group_name = f"/aws/vpc-flow-logs/{context.owner}"
         self.role = ServiceRole(context, f"{context.owner}-flow-logs")
         self.group: Item | None = None
+        self.pending = False
 
     # What is there
 
@@ -74,7 +79,7 @@ class FlowLogs:
         bucket = context.params["flow_logs_bucket"]
         if not bucket:
             raise PlatformError("network_flow_logs_bucket is empty: name the bucket that takes the flow logs")
-        if self._ours():
+        if any(self._properties(one)["destination"] == self._bucket_arn() for one in self._ours()):
             return
         # A bucket of another account may refuse to be looked at, and still take the logs.
         if (
@@ -83,9 +88,12 @@ class FlowLogs:
             )
             is None
         ):
+            if context.params["flow_logs_bucket_later"]:
+                self.pending = context.params["part"] == "all"
+                return
             context.changes.warnings.append(
                 f"bucket {bucket} of network_flow_logs_bucket cannot be seen: it has to exist, and to admit"
-                " delivery.logs.amazonaws.com, before flow logs go there (stage storage makes the cluster's own)"
+                " delivery.logs.amazonaws.com, before flow logs go there"
             )
 
     def present(self) -> None:
@@ -93,6 +101,8 @@ class FlowLogs:
         context = self.context
         if not self.wanted:
             self.remove()
+            return
+        if self.pending:
             return
         want: dict[str, Any] = {
             "traffic": context.params["flow_logs_traffic"],
@@ -111,7 +121,7 @@ class FlowLogs:
         flow_log = ours[0]
         for doubled in ours[1:]:
             self._delete(doubled)
-        have = self._properties(flow_log, want)
+        have = self._properties(flow_log)
         # A flow log cannot be changed: one that differs is replaced.
         if context.changes.update(resource, have, want):
             context.discard(context.api, "delete_flow_logs", resource, FlowLogIds=[flow_log["FlowLogId"]])
@@ -127,9 +137,9 @@ class FlowLogs:
         # An untagged one is ours, with its tags removed, only if it goes where ours would: others may log the VPC, too.
         if self.context.ours(flow_log):
             return True
-        return bool(self._properties(flow_log, want)["destination"] == want["destination"])
+        return bool(self._properties(flow_log)["destination"] == want["destination"])
 
-    def _properties(self, flow_log: Item, want: dict[str, Any]) -> dict[str, Any]:
+    def _properties(self, flow_log: Item) -> dict[str, Any]:
         destination = flow_log.get("LogDestination") or flow_log.get("LogGroupName", "")
         if ":log-group:" in destination:
             destination = destination.partition(":log-group:")[2].removesuffix(":*")
@@ -138,7 +148,7 @@ class FlowLogs:
             "destination_type": flow_log.get("LogDestinationType", _CLOUDWATCH),
             "destination": flow_log.get("LogGroupName") or destination,
             # Emulators do not say it; AWS always does.
-            "interval": flow_log.get("MaxAggregationInterval", want["interval"]),
+            "interval": flow_log.get("MaxAggregationInterval", self.context.params["flow_logs_interval"]),
         }
 
     def _bucket_arn(self) -> str:

@@ -233,12 +233,14 @@ def _access_and_logs(values: Values) -> Iterator[Problem]:
     if values.get("network_flow_logs") is not True:
         return
     bucket, own = values.get("network_flow_logs_bucket"), values.get("platform_logs_bucket")
-    if values.get("network_flow_logs_destination") == "s3" and bucket and bucket == own:
+    writers = values.get("storage_log_writers")
+    to_own = values.get("network_flow_logs_destination") == "s3" and bucket and bucket == own
+    if to_own and strings(writers) and "vended_logs" not in writers:
         yield Problem(
-            "network_flow_logs_bucket",
-            bucket,
-            "flow logs begin with the network, and this bucket is made after it",
-            "name a bucket that exists, or set network_flow_logs_destination to cloudwatch",
+            "storage_log_writers",
+            list(writers),
+            "flow logs go to the logs bucket (network_flow_logs_destination), which does not admit them",
+            "add vended_logs, or set network_flow_logs_destination to cloudwatch",
         )
     days = values.get("network_flow_logs_retention_days")
     if whole(days) and days not in _RETENTION:
@@ -300,6 +302,15 @@ def node_groups(values: Values) -> Iterator[Problem]:
         types: Any = group.get("instance_types")
         if strings(types):
             yield from _image_and_capacity(path, group, types)
+            if not types and not group.get("launch_template"):
+                yield Problem(
+                    f"{path}.instance_types",
+                    [],
+                    "no machines are named",
+                    "name at least one type, or give a launch_template that has it",
+                )
+            # What a template names is not known here.
+            most = most if types else None
         for kind in types if strings(types) else ():
             gpus = gpus_of_instance(kind)
             most = None if gpus is None or most is None else max(most, gpus)

@@ -80,6 +80,8 @@ class _Ec2Kind:
     gone: tuple[str, ...] = ()
     paged: bool = True
     filters: str = "Filters"
+    #: Whether the call filters by tags; otherwise all of a kind are listed, and looked at here.
+    by_tag: bool = True
     more: tuple[tuple[str, Any], ...] = ()
 
 
@@ -156,7 +158,14 @@ _EC2_KINDS = (
     _Ec2Kind("volume", "describe_volumes", "Volumes", "VolumeId", gone=("deleting", "deleted")),
     _Ec2Kind("snapshot", "describe_snapshots", "Snapshots", "SnapshotId", more=(("OwnerIds", ["self"]),)),
     _Ec2Kind("key pair", "describe_key_pairs", "KeyPairs", "KeyPairId", name="KeyName", paged=False),
-    _Ec2Kind("prefix list", "describe_managed_prefix_lists", "PrefixLists", "PrefixListId", name="PrefixListName"),
+    _Ec2Kind(
+        "prefix list",
+        "describe_managed_prefix_lists",
+        "PrefixLists",
+        "PrefixListId",
+        name="PrefixListName",
+        by_tag=False,
+    ),
     _Ec2Kind("DHCP options", "describe_dhcp_options", "DhcpOptions", "DhcpOptionsId"),
     _Ec2Kind(
         "spot request",
@@ -267,7 +276,9 @@ class Sweep:
 
     def _ec2_kind(self, kind: _Ec2Kind) -> Iterator[Item]:
         keys = [OWNER_TAG, *kubernetes_tags(self.cluster)]
-        arguments = {kind.filters: [{"Name": "tag-key", "Values": keys}], **dict(kind.more)}
+        arguments = dict(kind.more)
+        if kind.by_tag:
+            arguments[kind.filters] = [{"Name": "tag-key", "Values": keys}]
         if kind.paged:
             found = self._pages("ec2", kind.operation, kind.key, **arguments)
         else:

@@ -12,7 +12,8 @@ description:
   - Keeps encrypted file systems with throughput, lifecycle, backup and tags, a mount target in each zone, and the
     security group that lets the VPC reach them, in one call.
   - With O(state=absent) mount targets and security group go, so that the network can; the files only where
-    O(destroy_data) says so.
+    O(destroy_data) says so. That is about all file systems that bear the cluster's tag, also those that are listed no
+    longer.
 options:
   cluster_name:
     description: Owner of the file systems; the value of the tag C(rayplane.io/cluster).
@@ -24,7 +25,9 @@ options:
     choices: [present, absent, found]
     default: present
   file_systems:
-    description: The file systems.
+    description: >-
+      The file systems. With O(state=absent) those that lost their tag are found by it; where none is listed,
+      credentials that may not look for file systems get a warning only.
     type: list
     elements: dict
     required: true
@@ -141,6 +144,7 @@ from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleA
 
 NFS_PORT = 2049
 LONGEST_NAME = 64
+DENIED = ("AccessDenied", "AccessDeniedException")
 
 Json = dict[str, Any]
 
@@ -194,25 +198,15 @@ class FileSystems:
     def absent(self) -> Json:
         """Remove mount targets and security group, and the file systems where that is allowed."""
         kept = []
-        for wanted in self.params["file_systems"]:
-            name = wanted["name"]
+        for have in self._to_remove():
+            name = tag_dict(have.get("Tags")).get("Name") or have["CreationToken"]
             resource = f"file system {name}"
-            try:
-                have = self._find(name)
-            except PlatformError as error:
-                if "belongs to cluster" not in str(error):
-                    raise
-                self.changes.warnings.append(f"{error}; it is left alone")
-                continue
-            if have is None:
-                continue
             self._remove_targets(name, self._targets(have["FileSystemId"]))
             if not self.params["destroy_data"]:
                 kept.append(name)
                 continue
             self.changes.delete(resource, {"bytes": have["SizeInBytes"]["Value"]})
-            if have["LifeCycleState"] != "deleting":
-                self.efs.write("delete_file_system", resource, FileSystemId=have["FileSystemId"])
+            self.efs.write("delete_file_system", resource, FileSystemId=have["FileSystemId"])
         if kept:
             self.changes.warnings.append(
                 f"kept, because they hold files: {', '.join(kept)}; set storage_destroy_data to true to delete them"
@@ -224,6 +218,28 @@ class FileSystems:
             )
         return {"kept": kept}
 
+    def _to_remove(self) -> list[Json]:
+        """Return the cluster's file systems, by their tag, or by name where that was removed."""
+        names = [wanted["name"] for wanted in self.params["file_systems"]]
+        try:
+            listed = self.efs.pages("describe_file_systems", "FileSystems", f"file systems of {self.owner}")
+        except PlatformError as error:
+            refused = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in DENIED
+            if names or not refused:
+                raise
+            self.changes.warnings.append(f"whether {self.owner} has file systems is not known: {error}")
+            return []
+        found = []
+        for one in listed:
+            owner, name = tag_dict(one.get("Tags")).get(OWNER_TAG), one["CreationToken"]
+            if one["LifeCycleState"] in ("deleting", "deleted") or (owner != self.owner and name not in names):
+                continue
+            if owner in (None, self.owner):
+                found.append(one)
+            else:
+                self.changes.warnings.append(f"{_foreign(name, owner)}; it is left alone")
+        return found
+
     def _find(self, name: str) -> Json | None:
         """The creation token is the name, so EFS itself sees to it that there is one file system of a name."""
         answer = self.efs.read("describe_file_systems", f"file system {name}", CreationToken=name)
@@ -232,7 +248,7 @@ class FileSystems:
             return None
         owner = tag_dict(found[0].get("Tags")).get(OWNER_TAG, self.owner)
         if owner != self.owner:
-            raise PlatformError(f"file system {name} belongs to cluster {owner} (tag {OWNER_TAG})")
+            raise PlatformError(_foreign(name, owner))
         return dict(found[0])
 
     def _refuse_fixed(self, wanted: Json, have: Json | None) -> None:
@@ -450,6 +466,10 @@ class FileSystems:
             return not left, f"left: {', '.join(left)}"
 
         wait_until(f"removal of the mount targets of file system {name}", probe, self.params["wait_timeout"])
+
+
+def _foreign(name: str, owner: str) -> str:
+    return f"file system {name} belongs to cluster {owner} (tag {OWNER_TAG})"
 
 
 def _ports(rule: Json) -> str:

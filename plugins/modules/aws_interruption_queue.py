@@ -30,6 +30,12 @@ options:
     type: str
     choices: [present, absent]
     default: present
+  optional:
+    description: >-
+      With O(state=absent), whether the queue is one that the cluster perhaps never had. Then a queue of its name
+      without the tag is somebody else's and not told of, and credentials that may not look for it find nothing.
+    type: bool
+    default: false
   events:
     description: What the queue is told about.
     type: list
@@ -112,6 +118,7 @@ TARGET_ID = "KarpenterInterruptionQueueTarget"
 LONGEST_RULE_NAME = 64  # EventBridge's quota
 NO_QUEUE = ("AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist")
 NO_RULE = ("ResourceNotFoundException",)
+DENIED = ("AccessDenied", "AccessDeniedException")
 # SQS refuses the name of a queue for 60 s after its deletion.
 NAME_FREE_AFTER_S = 90
 
@@ -146,8 +153,14 @@ class InterruptionQueue:
 
     def absent(self) -> dict[str, Any]:
         """Delete rules and queue that bear the cluster's tag."""
-        url, attributes, queue_tags = self._observe_queue()
-        rules = self._observe_rules()
+        optional = self.params["optional"]
+        try:
+            url, attributes, queue_tags = self._observe_queue()
+            rules = self._observe_rules()
+        except PlatformError as error:
+            if optional and getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in DENIED:
+                return {"queue": self.queue}
+            raise
         # First the rules, so that none of them sends to a queue that is gone.
         kept = [f"rule {name}" for name, rule in rules.items() if not self._owned(rule["tags"])]
         for name, rule in rules.items():
@@ -159,7 +172,7 @@ class InterruptionQueue:
             self.sqs.write("delete_queue", resource, QueueUrl=url)
         elif url:
             kept.append(resource)
-        if kept:
+        if kept and not optional:
             self.changes.warnings.append(
                 f"kept, because they do not bear the tag {OWNER_TAG}={self.owner}: {', '.join(kept)};"
                 " delete them by hand if they are this cluster's"
@@ -406,6 +419,7 @@ def main() -> None:
             "cluster_name": {"type": "str", "required": True},
             "queue_name": {"type": "str", "default": ""},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "optional": {"type": "bool", "default": False},
             "events": {
                 "type": "list",
                 "elements": "str",

@@ -29,6 +29,13 @@ options:
     type: str
     choices: [present, absent]
     default: present
+  part:
+    description: >-
+      What O(state=present) is about: V(flow_logs) keeps the flow log of a network that is there, and touches nothing
+      else of it.
+    type: str
+    choices: [all, flow_logs]
+    default: all
   name:
     description: Start of the resources' C(Name) tags. Empty takes O(cluster_name).
     type: str
@@ -133,9 +140,17 @@ options:
     choices: [cloudwatch, s3]
     default: cloudwatch
   flow_logs_bucket:
-    description: The bucket for O(flow_logs_destination=s3); it has to exist and to admit the log delivery service.
+    description: >-
+      The bucket for O(flow_logs_destination=s3); it has to admit the log delivery service, and to exist unless
+      O(flow_logs_bucket_later).
     type: str
     default: ""
+  flow_logs_bucket_later:
+    description: >-
+      Whether the bucket is made after the network. As long as it is missing there is no flow log, and
+      RV(flow_log_pending) is true; a call with O(part=flow_logs) makes it then.
+    type: bool
+    default: false
   flow_logs_retention_days:
     description: How long the log group keeps its events, one of the numbers that CloudWatch Logs takes.
     type: int
@@ -300,6 +315,10 @@ nat_public_ips:
   returned: state is present
   type: list
   elements: str
+flow_log_pending:
+  description: Whether the flow log waits for its bucket.
+  returned: state is present
+  type: bool
 """
 
 from collections.abc import Callable
@@ -342,6 +361,8 @@ class Network:
 
     def present(self) -> dict[str, Any]:
         """Bring the network to its description and return its ids."""
+        if self.params["part"] == "flow_logs":
+            return self._only_flow_logs()
         self.subnets.plan_them()
         self._check_nat()
         self.observe()
@@ -386,7 +407,16 @@ class Network:
             "nat_public_ips": self.nats.public_ips(),
             "bastion_instance_id": bastion,
             "admin_access": self._admin_access(by_endpoints, bastion),
+            "flow_log_pending": self.flow_logs.pending,
         }
+
+    def _only_flow_logs(self) -> dict[str, Any]:
+        self.flow_logs.take(self.vpc.observe(self.flow_logs.jobs()))
+        if self.context.view.vpc is None and not self.context.changes.check_mode:
+            raise PlatformError(f"{self.context.owner} has no network to log: run the stage network first")
+        self.flow_logs.check()
+        self.flow_logs.present()
+        return {"flow_log_pending": False}
 
     def _check_nat(self) -> None:
         if self.params["nat_mode"] != "none" and not self.subnets.existing and not self.subnets.public:
@@ -445,6 +475,7 @@ def main() -> None:
         argument_spec={
             "cluster_name": {"type": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "part": {"type": "str", "choices": ["all", "flow_logs"], "default": "all"},
             "name": {"type": "str", "default": ""},
             "existing_vpc_id": {"type": "str", "default": ""},
             "existing_vpc_tags": {"type": "dict", "default": {}},
@@ -474,6 +505,7 @@ def main() -> None:
             "flow_logs": {"type": "bool", "default": False},
             "flow_logs_destination": {"type": "str", "choices": ["cloudwatch", "s3"], "default": "cloudwatch"},
             "flow_logs_bucket": {"type": "str", "default": ""},
+            "flow_logs_bucket_later": {"type": "bool", "default": False},
             "flow_logs_retention_days": {"type": "int", "default": 30},
             "flow_logs_kms_key_arn": {"type": "str", "default": "", "no_log": False},
             "flow_logs_traffic": {"type": "str", "choices": ["ALL", "ACCEPT", "REJECT"], "default": "ALL"},

@@ -13,7 +13,8 @@ description:
   - An add-on without a version gets what EKS offers as default, stays on it, and moves to the new default when the
     cluster's Kubernetes
     version changes. The tag C(rayplane.io/kubernetes-version) remembers for which version it was chosen.
-  - While the cluster has no node group nothing is waited for, because some add-ons become active only on nodes.
+  - While no node group has nodes nothing is waited for, because some add-ons become active only on nodes; RV(pending)
+    names those to wait for afterwards, with O(wait_for).
 options:
   cluster_name:
     description: Name of the cluster.
@@ -74,6 +75,13 @@ options:
       asks EKS.
     type: str
     default: ""
+  wait_for:
+    description: >-
+      Where this names add-ons, the call only waits until they are active, and fails where one cannot be. Nothing is
+      changed. On a cluster whose node groups are all empty only those that failed are told.
+    type: list
+    elements: str
+    default: []
   purge:
     description: Whether add-ons that this module made and that are no longer listed are removed.
     type: bool
@@ -108,11 +116,17 @@ addons:
   description: Version and status of each add-on by name.
   returned: always
   type: dict
+pending:
+  description: Add-ons that are not active yet and were not waited for, because there are no nodes.
+  returned: always
+  type: list
+  elements: str
 """
 
 import json
 from typing import Any
 
+import yaml
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
 from ansible.module_utils.rayplane_eks import (
     EksSet,
@@ -135,6 +149,8 @@ class Addons(EksSet):
 
     def reconcile(self) -> dict[str, Any]:
         """Bring the set to its description and return the add-ons' versions and status."""
+        if self.params["wait_for"]:
+            return self._wait()
         self._refuse_nonsense()
         have = self._observe()
         self.kubernetes = self.params["kubernetes_version"]
@@ -150,16 +166,37 @@ class Addons(EksSet):
             if changed:
                 touched.append(addon["name"])
         self._delete(self.unwanted(have, [addon["name"] for addon in self.params["addons"]]))
-        if touched and not self.changes.check_mode and self._has_nodes():
-            for name in touched:
-                self._wait_until_active(name)
+        # Also what an earlier run left on its way: it may have been cut short before there were nodes.
+        unsettled = [
+            addon["name"]
+            for addon in self.params["addons"]
+            if addon["name"] in touched or have.get(addon["name"], {}).get("status") != "ACTIVE"
+        ]
+        pending: list[str] = []
+        if unsettled and not self.changes.check_mode:
+            if self._has_nodes():
+                for name in touched:
+                    self._wait_until_active(name)
+            else:
+                pending = unsettled
         if touched and not self.changes.check_mode:
             have = self._observe()
-        return {
-            "addons": {
-                name: {"version": one.get("addonVersion"), "status": one["status"]} for name, one in have.items()
-            }
-        }
+        return self._facts(have, pending)
+
+    def _facts(self, have: dict[str, dict[str, Any]], pending: list[str]) -> dict[str, Any]:
+        addons = {name: {"version": one.get("addonVersion"), "status": one["status"]} for name, one in have.items()}
+        return {"addons": addons, "pending": pending}
+
+    def _wait(self) -> dict[str, Any]:
+        """Wait for add-ons that were made before there was a node."""
+        if self.changes.check_mode:
+            return self._facts({}, [])
+        names: list[str] = self.params["wait_for"]
+        has_nodes = self._has_nodes()
+        for name in names:
+            self._wait_until_active(name, once=not has_nodes)
+        have = {name: addon for name in names if (addon := self._describe(name))}
+        return self._facts(have, [name for name in names if have.get(name, {}).get("status") != "ACTIVE"])
 
     def _refuse_nonsense(self) -> None:
         names = [addon["name"] for addon in self.params["addons"]]
@@ -180,7 +217,20 @@ class Addons(EksSet):
         return found
 
     def _has_nodes(self) -> bool:
-        return bool(self.list_all("list_nodegroups", "nodegroups"))
+        """Whether a node group is to have nodes: one of size zero makes no add-on active."""
+
+        def describe(name: str) -> dict[str, Any] | None:
+            found: dict[str, Any] | None = self.describe(
+                "describe_nodegroup", "nodegroup", f"node group {name}", nodegroupName=name
+            )
+            return found
+
+        groups = concurrently(describe, self.list_all("list_nodegroups", "nodegroups"))
+        return any(
+            group["status"] != "CREATE_FAILED" and group["scalingConfig"]["desiredSize"] > 0
+            for group in groups
+            if group
+        )
 
     def _tags(self) -> dict[str, str]:
         return {**self.tags, VERSION_TAG: self.kubernetes}
@@ -214,16 +264,21 @@ class Addons(EksSet):
         version = self._version(addon, now)
         if self.changes.update(resource, {"version": now.get("addonVersion")}, {"version": version}):
             config["addonVersion"] = version
-        have = json.loads(now.get("configurationValues") or "{}")
+        have = _held_configuration(now)
         if self.changes.update(resource, {"configuration": have}, {"configuration": addon["configuration"]}):
             config["configurationValues"] = _configuration(addon) or "{}"
         role = addon["role_arn"]
         if role and self.changes.update(resource, {"role_arn": now.get("serviceAccountRoleArn")}, {"role_arn": role}):
             config["serviceAccountRoleArn"] = role
-        # EKS answers associations by their ARN only; their number tells whether one was removed by hand,
-        # the roles are eks_pod_identities' matter.
-        held, wanted = len(now.get("podIdentityAssociations") or []), self._identities(addon)
-        if self.changes.update(resource, {"pod_identities": held}, {"pod_identities": len(wanted)}):
+        held, wanted = self._held_identities(now), self._identities(addon)
+        roles = {one["serviceAccount"]: one["roleArn"] for one in wanted}
+        accounts = [*roles, *(account for account in held if account not in roles)]
+        if self.changes.update(
+            resource,
+            {f"pod identity {account}": held.get(account) for account in accounts},
+            {f"pod identity {account}": roles.get(account, "absent") for account in accounts},
+        ):
+            # EKS takes the whole set: what it does not name goes.
             config["podIdentityAssociations"] = wanted
         if config:
             update = self.api.write(
@@ -262,6 +317,21 @@ class Addons(EksSet):
             f"{resource}: EKS offers no default version for Kubernetes {self.kubernetes}; name one in eks_addons"
         )
 
+    def _held_identities(self, now: dict[str, Any]) -> dict[str, str]:
+        """Return the roles of the add-on's service accounts. EKS answers associations by their ARN only."""
+
+        def describe(arn: str) -> dict[str, Any] | None:
+            found: dict[str, Any] | None = self.describe(
+                "describe_pod_identity_association",
+                "association",
+                f"pod identity of add-on {now['addonName']}",
+                associationId=arn.rpartition("/")[2],
+            )
+            return found
+
+        found = concurrently(describe, now.get("podIdentityAssociations") or [])
+        return {one["serviceAccount"]: one["roleArn"] for one in found if one}
+
     def _identities(self, addon: dict[str, Any]) -> list[dict[str, str]]:
         known = self.params["role_arns"]
         return [
@@ -286,22 +356,39 @@ class Addons(EksSet):
 
         wait_until(f"removal of add-on {name}", probe, self.params["wait_timeout"])
 
-    def _wait_until_active(self, name: str) -> None:
+    def _wait_until_active(self, name: str, once: bool = False) -> None:
+        """Wait until an add-on is active; ``once`` only looks whether it has failed."""
+
         def probe() -> tuple[bool, str]:
             addon = self._describe(name)
             if addon is None:
-                return False, "not listed yet"
+                return once, "not listed yet"
             if addon["status"].endswith("_FAILED"):
+                anew = ". An add-on whose creation failed is made anew by the next run"
                 raise PlatformError(
                     f"add-on {name} of {self.cluster_name}: {addon['status']}: {health(addon) or 'no reason given'}"
+                    f"{anew if addon['status'] == 'CREATE_FAILED' else ''}"
                 )
-            return addon["status"] == "ACTIVE", f"status {addon['status']} {health(addon)}".strip()
+            return once or addon["status"] == "ACTIVE", f"status {addon['status']} {health(addon)}".strip()
 
         wait_until(f"add-on {name}", probe, self.params["wait_timeout"])
 
 
 def _configuration(addon: dict[str, Any]) -> str:
     return json.dumps(addon["configuration"], sort_keys=True) if addon["configuration"] else ""
+
+
+def _held_configuration(now: dict[str, Any]) -> Any:
+    """Return the settings that an add-on has: EKS keeps the text that it was given, which may be JSON or YAML."""
+    text = now.get("configurationValues") or ""
+    try:
+        held = json.loads(text) if text.strip() else {}
+    except ValueError:
+        try:
+            held = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return {} if held is None else held
 
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
@@ -327,6 +414,7 @@ def main() -> None:
             "role_arns": {"type": "dict", "default": {}},
             "tags": {"type": "dict", "default": {}},
             "kubernetes_version": {"type": "str", "default": ""},
+            "wait_for": {"type": "list", "elements": "str", "default": []},
             "purge": {"type": "bool", "default": True},
             "wait_timeout": {"type": "int", "default": 1200},
         },

@@ -41,21 +41,23 @@ options:
         type: str
         required: true
       instance_types:
-        description: Instance types, the preferred first. Fixed for life.
+        description: >-
+          Instance types, the preferred first. Fixed for life. Empty only where O(node_groups[].launch_template) names
+          the type: EKS takes it from one place.
         type: list
         elements: str
         default: [m5.2xlarge]
       ami_type:
         description: >-
           Image of the nodes, such as C(AL2023_x86_64_STANDARD) or C(AL2023_x86_64_NVIDIA). Fixed for life. Nodes of
-          NVIDIA and Neuron images are labelled C(rayplane.io/accelerator). C(CUSTOM) is the image of a launch template
-          of your own.
+          NVIDIA and Neuron images are labelled C(rayplane.io/accelerator), those of NVIDIA images also as O(gpu_label)
+          says. C(CUSTOM) is the image of a launch template of your own.
         type: str
         default: AL2023_x86_64_STANDARD
       capacity_type:
         description: >-
           On-demand, spot or a capacity block. Fixed for life. A capacity block takes one instance type and
-          O(node_groups[].capacity_reservation_id).
+          O(node_groups[].capacity_reservation_id), or a launch template that has both.
         type: str
         choices: [ON_DEMAND, SPOT, CAPACITY_BLOCK]
         default: ON_DEMAND
@@ -150,7 +152,9 @@ options:
         type: bool
         default: false
       tags:
-        description: Further tags of the group, its instances and its disks.
+        description: >-
+          Further tags of the group, its instances and its disks. Groups of Inferentia and Trainium also get the tag
+          that tells the cluster autoscaler how many Neuron devices a node has, so that they grow from zero.
         type: dict
         default: {}
   role_arn:
@@ -175,6 +179,13 @@ options:
       How many network hops the metadata service's answers live. Pods are the second; 1 keeps them from it.
     type: int
     default: 2
+  gpu_label:
+    description: >-
+      Whether nodes of NVIDIA images are labelled C(k8s.amazonaws.com/accelerator), by which the cluster autoscaler
+      waits for their device plugin before it adds another node. Must be false where the plugin calls GPUs anything but
+      C(nvidia.com/gpu), which is the only name that the autoscaler knows.
+    type: bool
+    default: true
   replace:
     description: >-
       Whether a group is deleted and made anew when a property changes that is fixed for life. Its nodes are drained
@@ -240,11 +251,13 @@ from typing import Any
 
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
 from ansible.module_utils.rayplane_eks import (
+    NEURON_TAG,
     EksSet,
     concurrently,
     find_cluster,
     health,
     minor,
+    neuron_devices,
     node_group_problem,
     node_labels,
     retag,
@@ -311,6 +324,13 @@ class NodeGroups(EksSet):
             problem = node_group_problem(group)
             if problem:
                 raise PlatformError(f"node group {group['name']}: {problem}")
+            unknown = neuron_devices(group["instance_types"]) is None
+            if unknown and not group["min_size"] and NEURON_TAG not in group["tags"]:
+                self.changes.warnings.append(
+                    f"node group {group['name']}: it is not known how many Neuron devices"
+                    f" {', '.join(group['instance_types'])} have, so the cluster autoscaler will not start its first"
+                    f" node. Cure: give the number in its tags, {NEURON_TAG}"
+                )
 
     def _observe(self, names: list[str]) -> dict[str, dict[str, Any]]:
         found = zip(names, concurrently(self._describe, names), strict=True)
@@ -444,6 +464,16 @@ class NodeGroups(EksSet):
     def _tags(self, group: dict[str, Any]) -> dict[str, str]:
         return {**{str(key): str(value) for key, value in group["tags"].items()}, **self.tags}
 
+    def _group_tags(self, group: dict[str, Any]) -> dict[str, str]:
+        # On the group alone: in the launch template it would roll nodes that have no use for it.
+        devices = neuron_devices(group["instance_types"])
+        return {**({NEURON_TAG: str(devices)} if devices else {}), **self._tags(group)}
+
+    def _labels(self, group: dict[str, Any]) -> dict[str, str]:
+        given = {str(key): str(value) for key, value in group["labels"].items()}
+        made = node_labels(group["ami_type"], group["instance_types"], gpu_label=self.params["gpu_label"])
+        return {**made, **given}
+
     def _create(self, group: dict[str, Any], template: dict[str, str]) -> None:
         resource = f"node group {group['name']}"
         wanted = only_given(
@@ -454,13 +484,13 @@ class NodeGroups(EksSet):
                     "maxSize": group["max_size"],
                     "desiredSize": _desired(group),
                 },
-                "labels": _labels(group),
+                "labels": self._labels(group),
                 "taints": _taints(group),
                 "updateConfig": _update_config(group),
                 "nodeRepairConfig": {"enabled": True} if group["node_repair"] else None,
                 "launchTemplate": template,
                 "releaseVersion": group["release_version"],
-                "tags": self._tags(group),
+                "tags": self._group_tags(group),
             }
         )
         self.changes.create(resource, wanted)
@@ -488,7 +518,8 @@ class NodeGroups(EksSet):
             config["nodeRepairConfig"] = {"enabled": group["node_repair"]}
         if config:
             self._step("update_nodegroup_config", resource, group["name"], config)
-        retag(self.api, self.changes, resource, now["nodegroupArn"], have=now.get("tags", {}), want=self._tags(group))
+        wanted = self._group_tags(group)
+        retag(self.api, self.changes, resource, now["nodegroupArn"], have=now.get("tags", {}), want=wanted)
         self._upgrade(resource, group, now, version, template)
         if now["status"] == "DEGRADED":
             self.changes.warnings.append(f"{resource} is degraded: {health(now) or 'no reason given'}")
@@ -503,7 +534,7 @@ class NodeGroups(EksSet):
 
     def _labels_and_taints(self, resource: str, group: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         config: dict[str, Any] = {}
-        have, want = now.get("labels") or {}, _labels(group)
+        have, want = now.get("labels") or {}, self._labels(group)
         gone = sorted(set(have) - set(want))
         if self.changes.update(resource, {"labels": have}, {"labels": want}):
             config["labels"] = only_given({"addOrUpdateLabels": want, "removeLabels": gone})
@@ -575,11 +606,6 @@ def _desired(group: dict[str, Any]) -> int:
     return int(group["min_size"] if group["desired_size"] is None else group["desired_size"])
 
 
-def _labels(group: dict[str, Any]) -> dict[str, str]:
-    given = {str(key): str(value) for key, value in group["labels"].items()}
-    return {**node_labels(group["ami_type"]), **given}
-
-
 def _update_config(group: dict[str, Any]) -> dict[str, int]:
     if group["max_unavailable_percentage"] is not None:
         return {"maxUnavailablePercentage": int(group["max_unavailable_percentage"])}
@@ -648,6 +674,7 @@ def argument_spec() -> dict[str, Any]:
         "tags": {"type": "dict", "default": {}},
         "kms_key_arn": {"type": "str", "default": "", "no_log": False},
         "metadata_hop_limit": {"type": "int", "default": 2},
+        "gpu_label": {"type": "bool", "default": True},
         "replace": {"type": "bool", "default": False},
         "force_upgrade": {"type": "bool", "default": False},
         "kubernetes_version": {"type": "str", "default": ""},

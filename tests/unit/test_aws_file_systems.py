@@ -6,7 +6,7 @@ from typing import Any
 import aws_file_systems
 import pytest
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from aws_fake import Clock, FakeClient
+from aws_fake import Clock, FakeClient, refusal
 
 Json = dict[str, Any]
 ZONES = {"subnet-0000000a": "us-west-2a", "subnet-0000000b": "us-west-2b", "subnet-000000a2": "us-west-2a"}
@@ -27,13 +27,15 @@ class FakeAccount:
             describe_file_systems=self.find,
             create_file_system=self.create,
             update_file_system=lambda FileSystemId, **given: self.systems[0].update(given),
-            delete_file_system=lambda FileSystemId: self.systems.clear(),
+            delete_file_system=self.delete,
             describe_lifecycle_configuration=lambda FileSystemId: {"LifecyclePolicies": self.lifecycle},
             put_lifecycle_configuration=self.put_lifecycle,
             describe_backup_policy=lambda FileSystemId: {"BackupPolicy": {"Status": self.backup}},
             put_backup_policy=lambda FileSystemId, BackupPolicy: setattr(self, "backup", BackupPolicy["Status"]),
             tag_resource=lambda ResourceId, Tags: self.systems[0]["Tags"].extend(Tags),
-            describe_mount_targets=lambda FileSystemId: {"MountTargets": list(self.targets)},
+            describe_mount_targets=lambda FileSystemId: {
+                "MountTargets": [one for one in self.targets if one["FileSystemId"] == FileSystemId]
+            },
             create_mount_target=self.create_target,
             delete_mount_target=self.delete_target,
             describe_mount_target_security_groups=lambda MountTargetId: {
@@ -59,8 +61,12 @@ class FakeAccount:
             delete_security_group=lambda GroupId: self.groups.clear(),
         )
 
-    def find(self, CreationToken: str) -> Json:
-        return {"FileSystems": [dict(one) for one in self.systems if one["CreationToken"] == CreationToken]}
+    def find(self, CreationToken: str = "") -> Json:
+        found = [dict(one) for one in self.systems if CreationToken in ("", one["CreationToken"])]
+        return {"FileSystems": found}
+
+    def delete(self, FileSystemId: str) -> None:
+        self.systems = [one for one in self.systems if one["FileSystemId"] != FileSystemId]
 
     def create(self, **given: Any) -> Json:
         assert given.pop("Encrypted") is True
@@ -95,6 +101,7 @@ def systems(
     check: bool = False,
     subnets: tuple[str, ...] = tuple(ZONES),
     destroy: bool = False,
+    listed: bool = True,
     **given: Any,
 ) -> tuple[aws_file_systems.FileSystems, Changes]:
     changes = Changes(check)
@@ -102,7 +109,7 @@ def systems(
     more = {"throughput_mode": "elastic", "ia_days": 30, "archive_days": 0, "back_on_access": True, "backup": False}
     params = {
         "cluster_name": "c1",
-        "file_systems": [{**plain, **more, **given}],
+        "file_systems": [{**plain, **more, **given}] if listed else [],
         "subnet_ids": list(subnets),
         "client_cidrs": [],
         "tags": {},
@@ -240,3 +247,46 @@ def test_the_file_system_of_another_cluster_is_left_alone() -> None:
     one.absent()
     assert changes.actions == []
     assert "left alone" in changes.warnings[0]
+
+
+def test_what_is_switched_off_is_found_by_its_tag() -> None:
+    account = made()
+    # Another cluster's, and one that nobody has tagged.
+    for number, tags in (("fs-2", [{"Key": "rayplane.io/cluster", "Value": "c2"}]), ("fs-3", [])):
+        account.systems.append({**account.systems[0], "FileSystemId": number, "CreationToken": number, "Tags": tags})
+    one, changes = systems(account, check=True, listed=False, destroy=True)
+    one.absent()
+    said = [
+        "delete mount target c1-shared in us-west-2a",
+        "delete mount target c1-shared in us-west-2b",
+        "delete file system c1-shared",
+        "delete security group c1-efs",
+    ]
+    assert changes.actions == said
+    assert account.writes() == []
+    one, changes = systems(account, listed=False, destroy=True)
+    assert one.absent() == {"kept": []}
+    assert changes.actions == said
+    assert changes.warnings == []
+    assert [one["FileSystemId"] for one in account.systems] == ["fs-2", "fs-3"]
+
+
+def test_one_that_lost_its_tag_is_found_by_its_name() -> None:
+    account = made()
+    account.systems[0]["Tags"] = []
+    one, changes = systems(account)
+    one.absent()
+    assert changes.actions[0] == "delete mount target c1-shared in us-west-2a"
+
+
+def test_who_never_had_file_systems_needs_no_permission_for_them() -> None:
+    def denied(**_: Any) -> Any:
+        raise refusal("AccessDeniedException")
+
+    account = FakeAccount()
+    account.efs.handlers["describe_file_systems"] = denied
+    one, changes = systems(account, listed=False)
+    assert one.absent() == {"kept": []}
+    assert "DescribeFileSystems" in changes.warnings[0]
+    with pytest.raises(PlatformError, match="DescribeFileSystems failed"):
+        systems(account)[0].absent()

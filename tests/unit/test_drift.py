@@ -242,6 +242,24 @@ def test_drift_compares_every_stage_of_deploy() -> None:
     assert drift == deploy
 
 
+@pytest.mark.parametrize("playbook", ["deploy.yml", "drift.yml"])
+def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> None:
+    """A role run alone by its tag would otherwise see no key, and take it from what it keeps."""
+    stages = [stage for _, stage in _stages(playbook)]
+    (key_tags,) = [set(tags) for role, _, tags in stages if role == "encryption"]
+    lacking = {}
+    for role, part, tags in stages:
+        if role == "preflight":  # It describes the variable, and encrypts nothing.
+            continue
+        files = [
+            path for kind in ("tasks", "vars", "defaults") for path in (PROJECT / "roles" / role / kind).rglob("*.yml")
+        ]
+        if any("platform_kms_key_arn" in path.read_text(encoding="utf-8") for path in files):
+            lacking |= {(role, part): set(tags) - key_tags - {"always"}}
+    assert lacking.keys() >= {("network", "main"), ("storage_class", "main"), ("autoscaler", "main")}
+    assert {stage: tags for stage, tags in lacking.items() if tags} == {}
+
+
 def test_every_play_of_drift_is_in_check_mode() -> None:
     for play in yaml.safe_load((PROJECT / "playbooks/drift.yml").read_text(encoding="utf-8")):
         assert play["check_mode"] is True, play["name"]

@@ -26,13 +26,19 @@ class FakeEks:
 
     def __init__(self) -> None:
         self.version = "1.34"
-        self.nodes = ["cpu"]
+        self.nodes = {"cpu": 2}
         self.addons: dict[str, dict[str, Any]] = {}
+        #: Pod identity associations by their number: service account and role.
+        self.associations: dict[str, tuple[str, str]] = {}
         self.client = FakeClient(
             "eks",
             describe_cluster=lambda **_: {"cluster": {"version": self.version, "status": "ACTIVE"}},
             list_addons=lambda **_: {"addons": list(self.addons)},
-            list_nodegroups=lambda **_: {"nodegroups": self.nodes},
+            list_nodegroups=lambda **_: {"nodegroups": list(self.nodes)},
+            describe_nodegroup=lambda nodegroupName, **_: {
+                "nodegroup": {"status": "ACTIVE", "scalingConfig": {"desiredSize": self.nodes[nodegroupName]}}
+            },
+            describe_pod_identity_association=self.describe_association,
             describe_addon=self.describe_addon,
             create_addon=self.create_addon,
             update_addon=self.update_addon,
@@ -50,10 +56,34 @@ class FakeEks:
     def create_addon(self, **given: Any) -> Any:
         name = given["addonName"]
         self.addons[name] = {"addonVersion": "v1-eks", **given, "addonArn": name, "status": "ACTIVE"}
+        self.associate(name, given.get("podIdentityAssociations", []))
         return {"addon": self.addons[name]}
 
+    def associate(self, name: str, wanted: list[dict[str, str]]) -> None:
+        """Own the associations, and describe them by ARN, as EKS does."""
+        arns = []
+        for one in wanted:
+            number = f"a-{len(self.associations)}"
+            self.associations[number] = (one["serviceAccount"], one["roleArn"])
+            arns.append(f"arn:aws:eks:us-west-2:1:podidentityassociation/c1/{number}")
+        self.addons[name]["podIdentityAssociations"] = arns
+
+    def describe_association(self, associationId: str, **_: Any) -> Any:
+        if associationId not in self.associations:
+            raise refusal("ResourceNotFoundException")
+        account, role = self.associations[associationId]
+        return {"association": {"serviceAccount": account, "roleArn": role}}
+
+    def roles(self, name: str) -> dict[str, str]:
+        """Roles of an add-on's service accounts."""
+        numbers = [arn.rpartition("/")[2] for arn in self.addons[name]["podIdentityAssociations"]]
+        return dict(self.associations[number] for number in numbers)
+
     def update_addon(self, addonName: str, **given: Any) -> Any:
+        associations = given.pop("podIdentityAssociations", None)
         self.addons[addonName].update(given)
+        if associations is not None:
+            self.associate(addonName, associations)
         return {"update": {"id": "u1", "status": "InProgress"}}
 
     def describe_addon_versions(self, **_: Any) -> Any:
@@ -64,19 +94,24 @@ class FakeEks:
         return {"addons": [{"addonVersions": versions}]}
 
 
-def converge(eks: FakeEks, *addons: dict[str, Any], check: bool = False) -> Changes:
+def converge(eks: FakeEks, *addons: dict[str, Any], check: bool = False, **params: Any) -> Changes:
+    return facts(eks, *addons, check=check, **params)[1]
+
+
+def facts(eks: FakeEks, *addons: dict[str, Any], check: bool = False, **params: Any) -> tuple[dict[str, Any], Changes]:
     changes = Changes(check)
     given = {
         "cluster_name": "c1",
         "addons": list(addons),
-        "role_arns": {"csi": "arn:aws:iam::1:role/csi"},
+        "role_arns": {"csi": "arn:aws:iam::1:role/csi", "other": "arn:aws:iam::1:role/other"},
         "tags": {},
         "purge": True,
         "kubernetes_version": "",
+        "wait_for": [],
         "wait_timeout": 60,
+        **params,
     }
-    eks_addons.Addons(given, Api(eks.client, changes), changes).reconcile()
-    return changes
+    return eks_addons.Addons(given, Api(eks.client, changes), changes).reconcile(), changes
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +128,7 @@ def test_set_is_made_once_and_then_left_alone() -> None:
     assert converge(eks, *wanted, check=True).actions == ["create add-on coredns", "create add-on csi"]
     assert eks.client.writes() == []
     converge(eks, *wanted)
-    assert eks.addons["csi"]["podIdentityAssociations"] == [
-        {"serviceAccount": "a", "roleArn": "arn:aws:iam::1:role/csi"}
-    ]
+    assert eks.roles("csi") == {"a": "arn:aws:iam::1:role/csi"}
     assert converge(eks, *wanted).actions == []
 
 
@@ -136,16 +169,133 @@ def test_only_own_addons_are_purged() -> None:
     assert sorted(eks.addons) == ["coredns", "foreign"]
 
 
-def test_without_nodes_nothing_is_waited_for(clock: Clock) -> None:
+@pytest.mark.parametrize(
+    "held",
+    ['{"a": {"b": 1}, "c": "x"}', '{\n\t"c": "x",\n\t"a": {"b": 1}\n}', "a:\n  b: 1\nc: x\n", "{a: {b: 1}, c: x}"],
+)
+def test_settings_are_read_in_either_language_of_eks(held: str) -> None:
     eks = FakeEks()
-    eks.nodes = []
+    wanted = {"a": {"b": 1}, "c": "x"}
+    converge(eks, addon(configuration=wanted))
+    eks.addons["coredns"]["configurationValues"] = held
+    assert converge(eks, addon(configuration=wanted)).actions == []
+
+
+@pytest.mark.parametrize("held", ["a: 2", "no mapping", "a: [unfinished"])
+def test_settings_that_differ_are_replaced_whatever_their_language(held: str) -> None:
+    eks = FakeEks()
+    converge(eks, addon(configuration={"a": 1}))
+    eks.addons["coredns"]["configurationValues"] = held
+    (action,) = converge(eks, addon(configuration={"a": 1})).actions
+    assert action.startswith("update add-on coredns: configuration: ") and action.endswith(" -> {'a': 1}")
+    assert eks.addons["coredns"]["configurationValues"] == '{"a": 1}'
+
+
+def identities(**roles: str) -> dict[str, Any]:
+    """The add-on with service accounts and their roles."""
+    return addon("csi", pod_identities=[{"service_account": name, "role_arn": role} for name, role in roles.items()])
+
+
+def test_roles_of_service_accounts_are_compared_and_repaired_one_by_one() -> None:
+    eks = FakeEks()
+    converge(eks, identities(a="csi", b="csi"))
+    (number, *_) = eks.associations
+    eks.associations[number] = ("a", "arn:aws:iam::1:role/by-hand")
+    said = ["update add-on csi: pod identity a: arn:aws:iam::1:role/by-hand -> arn:aws:iam::1:role/csi"]
+    assert converge(eks, identities(a="csi", b="csi"), check=True).actions == said
+    assert eks.roles("csi")["a"] == "arn:aws:iam::1:role/by-hand"
+    assert converge(eks, identities(a="csi", b="csi")).actions == said
+    assert eks.roles("csi") == {"a": "arn:aws:iam::1:role/csi", "b": "arn:aws:iam::1:role/csi"}
+    # As many as before, and yet others.
+    assert converge(eks, identities(a="other", c="csi")).actions == [
+        "update add-on csi: pod identity a: arn:aws:iam::1:role/csi -> arn:aws:iam::1:role/other",
+        "update add-on csi: pod identity c: absent -> arn:aws:iam::1:role/csi",
+        "update add-on csi: pod identity b: arn:aws:iam::1:role/csi -> absent",
+    ]
+    assert eks.roles("csi") == {"a": "arn:aws:iam::1:role/other", "c": "arn:aws:iam::1:role/csi"}
+    assert converge(eks, identities(a="other", c="csi")).actions == []
+
+
+def test_an_association_that_was_deleted_comes_back() -> None:
+    eks = FakeEks()
+    converge(eks, identities(a="csi"))
+    eks.associations.clear()
+    said = ["update add-on csi: pod identity a: absent -> arn:aws:iam::1:role/csi"]
+    assert converge(eks, identities(a="csi")).actions == said
+    assert converge(eks, identities()).actions == [
+        "update add-on csi: pod identity a: arn:aws:iam::1:role/csi -> absent"
+    ]
+    assert eks.roles("csi") == {}
+
+
+def creating(eks: FakeEks, status: str = "CREATING") -> None:
+    """Let add-ons be made and not become active."""
     create = eks.create_addon
-    eks.client.handlers["create_addon"] = lambda **given: create(**given)["addon"].update(status="CREATING")
-    converge(eks, addon())
+    eks.client.handlers["create_addon"] = lambda **given: create(**given)["addon"].update(status=status)
+
+
+@pytest.mark.parametrize("nodes", [{}, {"gpu": 0}])
+def test_without_nodes_nothing_is_waited_for(clock: Clock, nodes: dict[str, int]) -> None:
+    eks = FakeEks()
+    eks.nodes = nodes
+    creating(eks)
+    answer, _ = facts(eks, addon())
     assert clock.now == 0
-    eks.nodes = ["cpu"]
+    assert answer["pending"] == ["coredns"]
+    # A run cut short here leaves it to the next.
+    assert facts(eks, addon())[0]["pending"] == ["coredns"]
+    eks.nodes = {"cpu": 2}
     with pytest.raises(PlatformError, match="status CREATING"):
         converge(eks, addon())
+
+
+def test_what_waited_for_nodes_is_looked_at_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    eks = FakeEks()
+    eks.nodes = {}
+    creating(eks)
+    (name,) = facts(eks, addon())[0]["pending"]
+    eks.nodes = {"cpu": 1}
+    sleep = clock.sleep
+
+    def wake(seconds: float) -> None:
+        sleep(seconds)
+        if clock.now > 5:
+            eks.addons["coredns"]["status"] = "ACTIVE"
+
+    monkeypatch.setattr("ansible.module_utils.rayplane_aws._sleep", wake)
+    eks.client.calls.clear()
+    answer, changes = facts(eks, wait_for=[name])
+    assert 5 < clock.now < 60
+    assert answer == {"addons": {"coredns": {"version": "v1-eks", "status": "ACTIVE"}}, "pending": []}
+    assert changes.actions == [] and eks.client.writes() == []
+
+
+def test_one_that_failed_on_the_nodes_fails_the_run() -> None:
+    eks = FakeEks()
+    eks.nodes = {}
+    creating(eks, "CREATE_FAILED")
+    assert facts(eks, addon())[0]["pending"] == ["coredns"]
+    eks.addons["coredns"]["health"] = {"issues": [{"code": "ConfigurationConflict", "message": "conflicts found"}]}
+    for nodes in ({}, {"cpu": 1}):
+        eks.nodes = nodes
+        with pytest.raises(PlatformError, match=r"coredns of c1: CREATE_FAILED: ConfigurationConflict.*made anew"):
+            converge(eks, wait_for=["coredns"])
+    eks.addons["coredns"]["status"] = "DEGRADED"
+    with pytest.raises(PlatformError, match="status DEGRADED ConfigurationConflict"):
+        converge(eks, wait_for=["coredns"])
+    # Groups of size zero will not make it active; that is no reason to fail.
+    eks.nodes = {"gpu": 0}
+    assert facts(eks, wait_for=["coredns"])[0]["pending"] == ["coredns"]
+
+
+def test_a_run_with_nothing_to_do_asks_for_no_nodes() -> None:
+    eks = FakeEks()
+    converge(eks, addon(), addon("csi"))
+    eks.client.calls.clear()
+    answer, _ = facts(eks, addon(), addon("csi"))
+    assert answer["pending"] == []
+    assert not {"list_nodegroups", "describe_nodegroup"} & {name for name, _ in eks.client.calls}
+    assert facts(eks, addon("new"), check=True)[0]["pending"] == []
 
 
 def test_a_role_nobody_knows_is_refused() -> None:

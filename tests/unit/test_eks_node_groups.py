@@ -1,13 +1,18 @@
 """Node groups: the set in one call, desired size left alone, fixed properties refused or replaced."""
 
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
+import re
 from typing import Any
 
 import eks_node_groups
 import pytest
+import yaml
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from ansible.module_utils.rayplane_eks import image_problem
+from ansible.module_utils.rayplane_eks import GPU_LABEL, NEURON_TAG, image_problem, neuron_devices, node_labels
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from aws_fake import Clock, FakeClient, refusal
+from conftest import PROJECT
 
 GROUP = {
     "name": "gpu",
@@ -167,6 +172,7 @@ def converge(eks: FakeEks, *groups: dict[str, Any], check: bool = False, **param
         "tags": {},
         "kms_key_arn": "",
         "metadata_hop_limit": 2,
+        "gpu_label": True,
         "replace": False,
         "force_upgrade": False,
         "purge": True,
@@ -203,7 +209,11 @@ def test_a_new_group_is_asked_for_as_described() -> None:
     assert given["scalingConfig"] == {"minSize": 1, "maxSize": 10, "desiredSize": 2}
     assert given["taints"] == [{"key": "nvidia.com/gpu", "value": "present", "effect": "NO_SCHEDULE"}]
     assert given["subnets"] == ["subnet-a", "subnet-b"]
-    assert given["labels"] == {"rayplane.io/pool": "gpu", "rayplane.io/accelerator": "nvidia"}
+    assert given["labels"] == {
+        "rayplane.io/pool": "gpu",
+        "rayplane.io/accelerator": "nvidia",
+        "k8s.amazonaws.com/accelerator": "nvidia-tesla-t4",
+    }
     assert changes.actions == ["create launch template c1-gpu", "create node group gpu"]
 
 
@@ -441,6 +451,103 @@ def test_a_template_of_ones_own_is_used_as_it_is() -> None:
     assert fake.ec2.templates == {}
 
 
+def test_a_template_of_ones_own_may_name_the_type(eks: FakeEks) -> None:
+    fake = FakeEks()
+    block = {"capacity_type": "CAPACITY_BLOCK", "launch_template": {"id": "lt-mine", "version": "7"}}
+    wanted = group(instance_types=[], **block)
+    assert converge(fake, wanted, check=True).actions == ["create node group gpu"]
+    converge(fake, wanted)
+    ((_, given),) = fake.client.writes()
+    # EKS refuses a type here beside one in the template.
+    assert "instanceTypes" not in given
+    assert given["labels"][GPU_LABEL] == "nvidia"
+    assert converge(fake, wanted).actions == []
+    # What EKS says of such a group differs by what stands where; neither is a change.
+    fake.groups["gpu"]["instanceTypes"] = ["p5.48xlarge"]
+    assert converge(fake, wanted).actions == []
+    with pytest.raises(PlatformError, match="instance_types is empty"):
+        converge(eks, group(instance_types=[]))
+
+
+@pytest.mark.parametrize(
+    ("types", "name"),
+    [
+        (["g4dn.xlarge"], "nvidia-tesla-t4"),
+        (["g5.xlarge", "g5.2xlarge"], "nvidia-a10g"),
+        (["gr6.4xlarge"], "nvidia-l4"),
+        (["p5en.48xlarge"], "nvidia-h200"),
+        (["p6-b200.48xlarge"], "nvidia-b200"),
+        # Two kinds in a group, one that is not known yet, and a type that stands in the template.
+        (["g5.xlarge", "g6.xlarge"], "nvidia"),
+        (["g99.xlarge"], "nvidia"),
+        ([], "nvidia"),
+    ],
+)
+def test_gpu_nodes_are_known_to_the_cluster_autoscaler(types: list[str], name: str) -> None:
+    assert node_labels("AL2023_x86_64_NVIDIA", types)[GPU_LABEL] == name
+    assert GPU_LABEL not in node_labels("AL2023_x86_64_NVIDIA", types, gpu_label=False)
+    assert GPU_LABEL not in node_labels("AL2023_x86_64_STANDARD", ["m5.large"])
+    assert GPU_LABEL not in node_labels("AL2023_x86_64_NEURON", ["inf2.xlarge"])
+
+
+@pytest.mark.parametrize(
+    ("plugin", "label"),
+    [
+        ({}, True),
+        ({"gpu_plugin_time_slicing_rename": False, "gpu_plugin_mig_strategy": "single"}, True),
+        # The autoscaler knows neither nvidia.com/gpu.shared nor nvidia.com/mig-...
+        ({"gpu_plugin_time_slicing_rename": True}, False),
+        ({"gpu_plugin_mig_strategy": "mixed"}, False),
+    ],
+)
+def test_nodes_whose_gpus_have_other_names_do_not_get_the_label(plugin: dict[str, Any], label: bool) -> None:
+    defaults = yaml.safe_load((PROJECT / "roles/eks/defaults/main.yml").read_text(encoding="utf-8"))
+    templar = Templar(DataLoader(), variables=plugin)
+    assert templar.template(trust_as_template(defaults["eks_gpu_ready_label"])) is label
+
+
+def test_the_gpu_label_comes_to_groups_that_are_there_and_may_be_left_out(eks: FakeEks) -> None:
+    del eks.groups["gpu"]["labels"][GPU_LABEL]
+    (said,) = converge(eks, GROUP).actions
+    assert said.startswith("update node group gpu: labels")
+    ((_, given),) = eks.client.writes()
+    assert given["labels"]["addOrUpdateLabels"][GPU_LABEL] == "nvidia-tesla-t4"
+    assert converge(eks, GROUP, gpu_label=False).actions == []
+    # A name of one's own wins.
+    fake = FakeEks()
+    converge(fake, group(labels={GPU_LABEL: "mine"}))
+    assert fake.groups["gpu"]["labels"][GPU_LABEL] == "mine"
+
+
+INFERENTIA = {"instance_types": ["inf2.24xlarge", "inf2.48xlarge"], "ami_type": "AL2023_x86_64_NEURON", "min_size": 0}
+
+
+def test_neuron_groups_grow_from_zero() -> None:
+    fake = FakeEks()
+    wanted = group(**INFERENTIA, desired_size=0)
+    converge(fake, wanted)
+    ((_, given),) = fake.client.writes()
+    assert given["tags"][NEURON_TAG] == "6"
+    # Not on the nodes: a new version of the template would roll them.
+    assert NEURON_TAG not in str(data_of(fake))
+    assert converge(fake, wanted).actions == []
+    # A group of before gets it in place, and a number of one's own wins.
+    del fake.groups["gpu"]["tags"][NEURON_TAG]
+    assert converge(fake, wanted).actions == [f"update node group gpu: tag {NEURON_TAG}: absent -> 6"]
+    own = group(**INFERENTIA, desired_size=0, tags={NEURON_TAG: "9"})
+    assert f"update node group gpu: tag {NEURON_TAG}: absent -> 9" in converge(fake, own, check=True).actions
+
+
+def test_a_neuron_group_that_will_not_grow_is_told() -> None:
+    unknown = {**INFERENTIA, "instance_types": ["trn9.xlarge"], "desired_size": 0}
+    (warning,) = converge(FakeEks(), group(**unknown)).warnings
+    assert "trn9.xlarge" in warning and NEURON_TAG in warning
+    assert converge(FakeEks(), group(**{**unknown, "min_size": 1, "desired_size": 1})).warnings == []
+    assert converge(FakeEks(), group(**unknown, tags={NEURON_TAG: "2"})).warnings == []
+    assert neuron_devices(["g5.xlarge"]) == neuron_devices([]) == 0
+    assert neuron_devices(["trn1.32xlarge", "trn9.xlarge"]) is None
+
+
 def test_a_placement_group_is_made_tagged_used_and_removed() -> None:
     fake = FakeEks()
     wanted = group(placement_strategy="cluster")
@@ -493,6 +600,10 @@ def test_update_limits_and_repair_are_kept(eks: FakeEks) -> None:
         ({"ami_type": "AL2024"}, "is not one of"),
         ({"ami_type": "CUSTOM"}, "takes its image from launch_template"),
         ({"instance_types": []}, "name at least one"),
+        (
+            {"capacity_type": "CAPACITY_BLOCK", "launch_template": {"id": "lt-1"}},
+            "stands in the launch_template where one is given: write instance_types: []",
+        ),
         ({"instance_types": ["large"]}, "is not the name of an instance type"),
         ({"launch_template": {"version": "1"}}, "has neither id nor name"),
         ({"launch_template": {"id": "lt-1"}, "placement_group": "pg"}, "set them there"),
@@ -517,7 +628,7 @@ def test_update_limits_and_repair_are_kept(eks: FakeEks) -> None:
 )
 def test_what_cannot_run_is_refused_before_anything_is_asked_for(change: dict[str, Any], reason: str) -> None:
     fake = FakeEks()
-    with pytest.raises(PlatformError, match=reason.replace("(", r"\(")):
+    with pytest.raises(PlatformError, match=re.escape(reason)):
         converge(fake, group(name="fine"), group(**change))
     assert fake.client.calls == []
 

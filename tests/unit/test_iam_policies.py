@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import rayplane_iam
+from conftest import PROJECT
 from rayplane_iam import (
     aws_service_trust,
     bucket_reader_policy,
@@ -145,3 +146,36 @@ def test_every_filter_is_registered() -> None:
     filters = rayplane_iam.FilterModule().filters()
     assert set(filters) == set(rayplane_iam.__all__) - {"FilterModule"}
     assert filters["aws_service_trust"] is aws_service_trust
+
+
+#: AWS's managed policies that are attached here, each below the path that it has (AWS managed policy reference): which
+#: of them are in service-role/ follows no rule. Look a new one up there before it is added.
+MANAGED = {
+    "AmazonEBSCSIDriverPolicyV2",
+    "AmazonEC2ContainerRegistryPullOnly",
+    "AmazonEKSClusterPolicy",
+    "AmazonEKSWorkerNodePolicy",
+    "AmazonEKS_CNI_Policy",
+    "AmazonSSMManagedInstanceCore",
+    "service-role/AmazonEFSCSIDriverPolicy",
+}
+
+
+def managed_policies(text: str) -> set[str]:
+    """Path and name of the managed policies that a file names."""
+    return set(re.findall(r"(?:iam::aws:policy|_policies \}\})/([\w+=,.@/-]+)", text))
+
+
+def test_managed_policies_have_the_path_that_aws_gives_them() -> None:
+    files = [
+        path for folder in ("roles", "plugins", "inventories", "playbooks") for path in (PROJECT / folder).rglob("*.*")
+    ]
+    named = {
+        policy: path
+        for path in files
+        if path.suffix in (".yml", ".py", ".json")
+        for policy in managed_policies(path.read_text(encoding="utf-8"))
+    }
+    assert {policy: path for policy, path in named.items() if policy not in MANAGED} == {}
+    # None that is gone is kept, and every way to write one is seen.
+    assert set(named) == MANAGED

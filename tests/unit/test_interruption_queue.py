@@ -6,8 +6,12 @@ from typing import Any
 
 import aws_interruption_queue
 import pytest
+import yaml
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from aws_fake import Clock, FakeClient, refusal
+from conftest import PROJECT
 
 ARN = "arn:aws:sqs:us-west-2:1:c1"
 TARGET = aws_interruption_queue.TARGET_ID
@@ -89,6 +93,7 @@ def run(account: FakeAccount, check: bool = False, **params: Any) -> tuple[dict[
         "cluster_name": "c1",
         "queue_name": "",
         "state": "present",
+        "optional": False,
         "events": list(aws_interruption_queue.EVENTS),
         "retention_s": 300,
         "kms_key_id": "",
@@ -274,3 +279,50 @@ def test_a_queue_without_our_tag_is_not_deleted(made: FakeAccount) -> None:
     _, changes = run(made, state="absent")
     assert "queue c1" in changes.warnings[0]
     assert made.attributes
+
+
+def test_what_karpenter_left_goes_where_another_autoscaler_is_chosen(made: FakeAccount) -> None:
+    _, plan = run(made, check=True, state="absent", optional=True)
+    assert made.writes() == []
+    _, changes = run(made, state="absent", optional=True)
+    assert plan.actions == changes.actions
+    assert changes.actions[-1] == "delete queue c1"
+    assert made.rules == {} and made.attributes == {}
+    assert run(made, state="absent", optional=True)[1].actions == []
+
+
+def test_where_there_was_no_karpenter_nothing_is_told_and_no_permission_needed(made: FakeAccount) -> None:
+    def denied(**_: Any) -> Any:
+        raise refusal("AccessDenied")
+
+    # Somebody's own Karpenter has a queue of the cluster's name, as its documentation says.
+    made.queue_tags, made.rules = {}, {}
+    _, changes = run(made, state="absent", optional=True)
+    assert changes.actions == changes.warnings == []
+    for client, operation in ((made.events, "list_rules"), (made.sqs, "get_queue_url")):
+        client.handlers[operation] = denied
+        _, changes = run(made, state="absent", optional=True)
+        assert changes.actions == changes.warnings == []
+    with pytest.raises(PlatformError, match="sqs:GetQueueUrl failed"):
+        run(made, state="absent")
+    made.sqs.handlers["get_queue_url"] = lambda **_: (_ for _ in ()).throw(refusal("InternalError"))
+    with pytest.raises(PlatformError, match="sqs:GetQueueUrl failed"):
+        run(made, state="absent", optional=True)
+
+
+def test_the_clouds_tasks_reconcile_the_queue_whatever_the_autoscaler() -> None:
+    tasks = yaml.safe_load((PROJECT / "roles/autoscaler/tasks/cloud.yml").read_text(encoding="utf-8"))
+    (queue,) = [task for task in tasks if "aws_interruption_queue" in task]
+    assert "when" not in queue
+    states = {}
+    for autoscaler in ("karpenter", "cluster_autoscaler", "none"):
+        variables = {"platform_autoscaler": autoscaler, "autoscaler_interruption_queue": True}
+        states[autoscaler] = [
+            Templar(DataLoader(), variables=variables).template(trust_as_template(queue["aws_interruption_queue"][key]))
+            for key in ("state", "optional")
+        ]
+    assert states == {
+        "karpenter": ["present", False],
+        "cluster_autoscaler": ["absent", True],
+        "none": ["absent", True],
+    }

@@ -1,5 +1,6 @@
 """The network module where no emulator is needed: prediction on an empty account, refusals, waits."""
 
+# ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
 import aws_network
@@ -11,6 +12,7 @@ from aws_fake import Clock, FakeClient, refusal
 PARAMS = {
     "cluster_name": "c1",
     "state": "present",
+    "part": "all",
     "name": "",
     "vpc_cidr": "10.0.0.0/16",
     "availability_zones": ["us-west-2a", "us-west-2b"],
@@ -34,6 +36,7 @@ PARAMS = {
     "flow_logs": False,
     "flow_logs_destination": "cloudwatch",
     "flow_logs_bucket": "",
+    "flow_logs_bucket_later": False,
     "flow_logs_retention_days": 30,
     "flow_logs_kms_key_arn": "",
     "flow_logs_traffic": "ALL",
@@ -86,9 +89,11 @@ def empty_logs() -> FakeClient:
     return FakeClient("logs", describe_log_groups=lambda **_: {"logGroups": []})
 
 
-def network(client: FakeClient, check: bool = True, **params: Any) -> tuple[aws_network.Network, Changes]:
+def network(
+    client: FakeClient, check: bool = True, s3: FakeClient | None = None, **params: Any
+) -> tuple[aws_network.Network, Changes]:
     changes = Changes(check)
-    clients = {"ec2": client, "iam": empty_iam(), "logs": empty_logs()}
+    clients = {"ec2": client, "iam": empty_iam(), "logs": empty_logs(), "s3": s3}
     return aws_network.Network({**PARAMS, **params}, "us-west-2", clients.__getitem__, changes), changes
 
 
@@ -373,6 +378,95 @@ def test_a_flow_log_waits_for_its_role(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with pytest.raises(PlatformError, match="b does not exist"):
         reconciler.flow_logs._create("flow log c1", want, "", {"a": "b"})
+
+
+TO_LOGS_BUCKET = {
+    "flow_logs": True,
+    "flow_logs_destination": "s3",
+    "flow_logs_bucket": "c1-logs",
+    "flow_logs_bucket_later": True,
+}
+FLOW_LOG = {
+    "FlowLogId": "fl-1",
+    "ResourceId": "vpc-1",
+    "TrafficType": "ALL",
+    "LogDestinationType": "s3",
+    "LogDestination": "arn:aws:s3:::c1-logs/flow-logs",
+    "Tags": tagged("flow-logs", Name="c1-flow-logs", Project="rayplane"),
+}
+
+
+def buckets(*names: str) -> FakeClient:
+    def head(Bucket: str) -> Any:
+        if Bucket not in names:
+            raise refusal("404")
+        return {}
+
+    return FakeClient("s3", head_bucket=head)
+
+
+def test_a_flow_log_waits_for_the_logs_bucket_which_is_made_after_the_network() -> None:
+    client = account(describe_vpcs=[VPC])
+    first, changes = network(client, s3=buckets(), **TO_LOGS_BUCKET)
+    assert first.present()["flow_log_pending"] is True
+    assert not [action for action in changes.actions if "flow log" in action]
+    assert changes.warnings == []
+    # What follows in the plan is the same as what follows in the deployment, where the bucket is there by then.
+    client.handlers["create_flow_logs"] = lambda **_: {"FlowLogIds": ["fl-1"], "Unsuccessful": []}
+    for check, s3 in ((True, buckets()), (False, buckets("c1-logs"))):
+        then, changes = network(client, check=check, s3=s3, part="flow_logs", **TO_LOGS_BUCKET)
+        assert then.present() == {"flow_log_pending": False}
+        assert changes.actions == ["create flow log c1"]
+        assert changes.warnings == []
+    ((operation, given),) = client.writes()
+    assert (operation, given["LogDestination"]) == ("create_flow_logs", "arn:aws:s3:::c1-logs/flow-logs")
+
+
+def test_a_plan_of_an_empty_account_makes_the_flow_log_once() -> None:
+    first, changes = network(account(), s3=buckets(), **TO_LOGS_BUCKET)
+    assert first.present()["flow_log_pending"] is True
+    assert "create flow log c1" not in changes.actions
+    then, changes = network(account(), s3=buckets(), part="flow_logs", **TO_LOGS_BUCKET)
+    then.present()
+    assert changes.actions == ["create flow log c1"]
+    alone, _ = network(account(), check=False, s3=buckets(), part="flow_logs", **TO_LOGS_BUCKET)
+    with pytest.raises(PlatformError, match="run the stage network first"):
+        alone.present()
+
+
+def test_once_the_bucket_is_there_the_flow_log_is_the_networks() -> None:
+    client = account(describe_vpcs=[VPC])
+    reconciler, changes = network(client, s3=buckets("c1-logs"), **TO_LOGS_BUCKET)
+    assert reconciler.present()["flow_log_pending"] is False
+    assert "create flow log c1" in changes.actions
+    # One that is there tells that the bucket is, without a call.
+    client = account(describe_vpcs=[VPC], describe_flow_logs=[FLOW_LOG])
+    reconciler, changes = network(client, s3=None, **TO_LOGS_BUCKET)
+    assert reconciler.present()["flow_log_pending"] is False
+    assert not [action for action in changes.actions if "flow log" in action]
+
+
+def test_a_flow_log_that_moves_to_the_bucket_stays_until_the_bucket_is_there() -> None:
+    client = account(
+        describe_vpcs=[VPC],
+        describe_flow_logs=[
+            {**FLOW_LOG, "LogDestinationType": "cloud-watch-logs", "LogDestination": "", "LogGroupName": "g"}
+        ],
+    )
+    reconciler, changes = network(client, s3=buckets(), **TO_LOGS_BUCKET)
+    assert reconciler.present()["flow_log_pending"] is True
+    assert not [action for action in changes.actions if "flow log" in action]
+    reconciler, changes = network(client, s3=buckets("c1-logs"), **TO_LOGS_BUCKET)
+    reconciler.present()
+    assert "update flow log c1: destination_type: cloud-watch-logs -> s3" in changes.actions
+
+
+def test_a_bucket_of_somebody_else_has_to_be_there() -> None:
+    given = {**TO_LOGS_BUCKET, "flow_logs_bucket_later": False}
+    reconciler, changes = network(account(describe_vpcs=[VPC]), s3=buckets(), **given)
+    assert reconciler.present()["flow_log_pending"] is False
+    assert "create flow log c1" in changes.actions
+    assert "cannot be seen" in changes.warnings[0]
 
 
 def test_rules_are_compared_flat() -> None:

@@ -80,6 +80,8 @@ def found(**changes: Any) -> dict[str, Problem]:
         ({"instance_types": ["m7g.large"], "ami_type": "AL2023_x86_64_STANDARD"}, "eks_node_groups[0].ami_type", False),
         ({"instance_types": ["m5.large"], "ami_type": "AL2023_x86_64_NVIDIA"}, "eks_node_groups[0].ami_type", False),
         ({"instance_types": ["m5.large"], "capacity_type": "SPOT"}, "eks_node_groups[0].instance_types", True),
+        ({"instance_types": []}, "eks_node_groups[0].instance_types", False),
+        ({"instance_types": [], "launch_template": {"id": "lt-1"}, "ami_type": "AL2023_x86_64_NVIDIA"}, "", False),
     ],
 )
 def test_images_fit_the_machines(group: dict[str, Any], variable: str, warning: bool) -> None:
@@ -87,6 +89,40 @@ def test_images_fit_the_machines(group: dict[str, Any], variable: str, warning: 
 
     found = list(node_groups({"platform": "aws", "eks_node_groups": [{"name": "g", **group}]}))
     assert [(problem.variable, problem.warning) for problem in found] == ([(variable, warning)] if variable else [])
+
+
+def test_gpus_that_a_launch_template_names_are_taken_on_trust() -> None:
+    group = {"name": "gpu", "max_size": 2, "launch_template": {"id": "lt-1"}}
+    wants = [model(resources={"cpu": 4, "memory": "16Gi", "gpu": 8})]
+    template = found(eks_node_groups=[{**group, "instance_types": []}], rayservice_models=wants)
+    assert "rayservice_models[0].resources.gpu" not in template
+    named = found(eks_node_groups=[{**group, "instance_types": ["g4dn.xlarge"]}], rayservice_models=wants)
+    assert "rayservice_models[0].resources.gpu" in named
+
+
+LOGS = {"network_flow_logs": True, "network_flow_logs_destination": "s3", "platform_logs_bucket": "logs"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "variable"),
+    [
+        # The logs bucket is made after the network; role storage makes the flow log with it.
+        ({"network_flow_logs_bucket": "logs", "storage_log_writers": ["vended_logs", "access_logs"]}, ""),
+        ({"network_flow_logs_bucket": "logs", "storage_log_writers": ["access_logs"]}, "storage_log_writers"),
+        ({"network_flow_logs_bucket": "another", "storage_log_writers": []}, ""),
+        ({"network_flow_logs_bucket": "logs", "storage_log_writers": [], "network_flow_logs": False}, ""),
+        (
+            {
+                "network_flow_logs_bucket": "logs",
+                "storage_log_writers": [],
+                "network_flow_logs_destination": "cloudwatch",
+            },
+            "",
+        ),
+    ],
+)
+def test_the_logs_bucket_admits_flow_logs_that_go_there(changes: dict[str, Any], variable: str) -> None:
+    assert list(found(**LOGS | changes)) == ([variable] if variable else [])
 
 
 def test_good_values_have_no_problem() -> None:

@@ -13,6 +13,7 @@ from rayplane_autoscaler import (
     karpenter_objects,
     karpenter_problems,
     karpenter_targets,
+    karpenter_wants_spot,
 )
 
 DEFAULTS = yaml.safe_load((PROJECT / "roles/autoscaler/defaults/main.yml").read_text(encoding="utf-8"))
@@ -32,6 +33,7 @@ SETTINGS = {
 NODES = {"cluster_name": "c1", "node_role": "c1-node", "kms_key_arn": "", "tags": {"rayplane.io/cluster": "c1"}}
 CLASS = {"name": "default", "ami_alias": "al2023@v20260512"}
 POOL = {"name": "cpu"}
+CAPACITY = "karpenter.sh/capacity-type"
 GPU = {"name": "gpu", "accelerator": "nvidia", "instance_families": ["g5"]}
 
 
@@ -282,3 +284,23 @@ def test_wrong_classes_are_explained(node_class: Any, said: str) -> None:
 def test_names_are_unique_and_lists_are_lists() -> None:
     assert "rename one of them" in karpenter_problems([POOL, POOL], [CLASS])[0]
     assert karpenter_problems("cpu", [CLASS]) == ["autoscaler_node_pools is 'cpu': it has to be a list"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "spot"),
+    [
+        ({}, False),
+        ({"capacity_types": ["on-demand", "reserved"]}, False),
+        ({"capacity_types": ["spot", "on-demand"]}, True),
+        # A requirement of one's own takes the place of capacity_types.
+        ({"requirements": [{"key": CAPACITY, "operator": "In", "values": ["spot"]}]}, True),
+        ({"requirements": [{"key": CAPACITY, "operator": "Exists"}]}, True),
+        ({"requirements": [{"key": CAPACITY, "operator": "NotIn", "values": ["spot"]}]}, False),
+        ({"requirements": [{"key": CAPACITY, "operator": "NotIn", "values": ["reserved"]}]}, True),
+        ({"capacity_types": ["spot"], "requirements": [{"key": CAPACITY, "operator": "DoesNotExist"}]}, False),
+        ({"capacity_types": ["spot"], "requirements": [{"key": "x", "operator": "Exists"}]}, True),
+    ],
+)
+def test_spot_is_wanted_where_a_pool_may_start_it(pool: dict[str, Any], spot: bool) -> None:
+    assert karpenter_wants_spot([POOL, {**POOL, **pool}]) is spot
+    assert karpenter_wants_spot(DEFAULTS["autoscaler_node_pools"]) is False

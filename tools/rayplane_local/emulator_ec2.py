@@ -1,8 +1,9 @@
 """The parts of EC2's networks that MiniStack 1.5 lacks, added to it in its own process: ``install()`` before it serves.
 
 NAT gateways say which address they hold, and hold it until they are deleted. Interface endpoints have security groups
-and private DNS. Routes lead to peerings, and are black holes when their target is gone. Peerings have DNS options. Flow
-logs take the tags that AWS takes. An instance's security groups can be changed.
+and private DNS. Routes lead to peerings, and are black holes when their target is gone. Peerings have DNS options, and
+a type among tags. Flow logs take the tags that AWS takes. An instance's security groups can be changed, and its disks
+end with it.
 """
 
 import re
@@ -186,6 +187,22 @@ def modify_instance_attribute(params: Params) -> Answer:
     return answer
 
 
+def terminate_instances(inner: Inner, params: Params) -> Answer:
+    """TerminateInstances: the disks that are to go with an instance do."""
+    answer = inner(params)
+    if answer[0] == 200:
+        ended = ec2._parse_member_list(params, "InstanceId")
+        for key, volume in list(ec2._volumes.items()):
+            if any(one["InstanceId"] in ended and one["DeleteOnTermination"] for one in volume["Attachments"]):
+                del ec2._volumes[key]
+    return answer
+
+
+def resource_type(inner: Callable[[str], str], resource: str) -> str:
+    """The type that DescribeTags gives a resource."""
+    return "vpc-peering-connection" if resource.startswith("pcx-") else inner(resource)
+
+
 WRAPPED: dict[str, Callable[[Inner, Params], Answer]] = {
     "CreateFlowLogs": create_flow_logs,
     "CreateNatGateway": create_nat_gateway,
@@ -197,6 +214,7 @@ WRAPPED: dict[str, Callable[[Inner, Params], Answer]] = {
     "ReplaceRoute": replace_route,
     "DescribeRouteTables": describe_route_tables,
     "DescribeVpcPeeringConnections": describe_peerings,
+    "TerminateInstances": terminate_instances,
 }
 ADDED: dict[str, Callable[[Params], Answer]] = {
     "ModifyVpcPeeringConnectionOptions": modify_peering_options,
@@ -206,6 +224,7 @@ ADDED: dict[str, Callable[[Params], Answer]] = {
 
 def install() -> None:
     """Put these in front of MiniStack's own, or beside them."""
+    ec2._guess_resource_type = partial(resource_type, ec2._guess_resource_type)
     for name, wrapper in WRAPPED.items():
         ec2._ACTION_MAP[name] = partial(wrapper, ec2._ACTION_MAP[name])
     for name, operation in ADDED.items():

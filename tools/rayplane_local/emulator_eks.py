@@ -5,7 +5,8 @@ DescribeAddonVersions answer like EKS: an update is in progress when it is asked
 at; a version moves one minor at a time. Tags set later show in descriptions. A cluster has a security group of its own
 and may be protected against deletion. Node groups keep launch template, update limits and repair; with a template EKS
 takes no disk size, and a group stays with the template it was made with. Nodes get the access entry that EKS makes for
-them. Lists come in pages. Launch templates keep the placement, reservations and keys that MiniStack drops.
+them. The pod identity associations of add-ons exist, and descriptions name them by ARN. Lists come in pages. Launch
+templates keep the placement, reservations and keys that MiniStack drops.
 """
 
 import json
@@ -21,6 +22,7 @@ Answer = tuple[int, dict[str, str], bytes]
 updates: dict[str, dict[str, Any]] = {}
 CLUSTER = r"/clusters/(?P<cluster>[\w-]+)"
 GROUP = CLUSTER + r"/node-groups/(?P<group>[\w-]+)"
+ADDON = CLUSTER + r"/addons/(?P<addon>[\w-]+)(/update)?"
 
 
 def begin(kind: str) -> Answer:
@@ -245,6 +247,37 @@ def create_nodegroup(
     return made
 
 
+def own_associations(cluster: str, name: str) -> None:
+    """Make the pod identity associations that an add-on asks for, and remove those that it asks for no longer.
+
+    MiniStack keeps what the request said; EKS owns an association for each, and answers their ARNs.
+    """
+    arn, namespace = eks._addon_arn(cluster, name), "kube-system"
+    addon = eks._addons.get(f"{cluster}/{name}", {"addonArn": arn, "podIdentityAssociations": []})
+    asked = addon["podIdentityAssociations"]
+    # An ARN ends with a number of its own, which is not known any more once the add-on is gone.
+    owner = arn.rpartition("/")[0] + "/"
+    owned = {
+        one["serviceAccount"]: one
+        for one in eks._pod_identity_associations.values()
+        if str(one.get("ownerArn")).startswith(owner)
+    }
+    if not all(isinstance(one, str) for one in asked):
+        for one in asked:
+            if one["serviceAccount"] not in owned:
+                status, _, body = eks._create_pod_identity_association(cluster, {**one, "namespace": namespace})
+                if status != 200:
+                    continue
+                key = eks._pia_key(cluster, json.loads(body)["association"]["associationId"])
+                owned[one["serviceAccount"]] = eks._pod_identity_associations[key]
+            owned[one["serviceAccount"]].update(roleArn=one["roleArn"], ownerArn=addon["addonArn"])
+        wanted = [one["serviceAccount"] for one in asked if one["serviceAccount"] in owned]
+        addon["podIdentityAssociations"] = [owned[account]["associationArn"] for account in wanted]
+    for one in owned.values():
+        if one["associationArn"] not in addon["podIdentityAssociations"]:
+            eks._pod_identity_associations.pop(eks._pia_key(cluster, one["associationId"]), None)
+
+
 def in_pages(inner: Callable[..., Answer], key: str, query: dict[str, Any], request: tuple[Any, ...]) -> Answer:
     """Answer one page of a list: maxResults items (100 where none is asked for) after nextToken."""
     asked = {name: value[0] if isinstance(value, list) else value for name, value in query.items()}
@@ -341,8 +374,15 @@ def install() -> None:
             addon = json.loads(body)
             addon.setdefault("addonVersion", default_version(eks._clusters[match["cluster"]]["version"]))
             made: Answer = inner(method, path, headers, json.dumps(addon).encode(), query)
+            own_associations(match["cluster"], addon["addonName"])
             return made
+        match = re.fullmatch(ADDON, path)
+        if match and method == "GET":
+            # Made before this emulator knew of associations.
+            own_associations(match["cluster"], match["addon"])
         answer: Answer = inner(method, path, headers, body, query)
+        if match and method != "GET":
+            own_associations(match["cluster"], match["addon"])
         if path.endswith(("/encryption-config/associate", "/update")) and answer[0] == 200:
             # MiniStack forgets the updates that it answers.
             update = json.loads(answer[2])["update"]
