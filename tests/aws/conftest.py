@@ -172,7 +172,9 @@ class Run:
     def succeeded(self, *hosts: str) -> Run:
         """Fail the test, saying why, unless the run (and so every host) succeeded."""
         told = {host: self.failure(host) for host in self.report.get("stats", {})}
-        assert self.returncode == 0, json.dumps({k: v for k, v in told.items() if v}, indent=1) or self.text[-5000:]
+        # Preflight's report stands in the text.
+        text = self.text[: max(0, self.text.find("{\n"))] or self.text[-5000:]
+        assert self.returncode == 0, json.dumps({k: v for k, v in told.items() if v}, indent=1) + text
         assert set(hosts) <= set(told), (hosts, sorted(told))
         return self
 

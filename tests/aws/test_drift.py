@@ -165,6 +165,14 @@ def an_add_on_deleted(account: Account) -> None:
     account.client("eks").delete_addon(clusterName=NAME, addonName="coredns")
 
 
+@change(("add-on aws-ebs-csi-driver", "pod identity ebs-csi-controller-sa"))
+def the_role_of_an_add_on_changed(account: Account) -> None:
+    eks = account.client("eks")
+    (arn,) = eks.describe_addon(clusterName=NAME, addonName="aws-ebs-csi-driver")["addon"]["podIdentityAssociations"]
+    role = f"arn:aws:iam::{account.number}:role/{NAME}-node"
+    eks.update_pod_identity_association(clusterName=NAME, associationId=arn.rpartition("/")[2], roleArn=role)
+
+
 @change((f"access entry {OPERATORS}", ""), (f"access entry {OPERATORS}", f"policy {ADMIN}"))
 def an_access_entry_deleted(account: Account) -> None:
     account.client("eks").delete_access_entry(clusterName=NAME, principalArn=OPERATORS)
