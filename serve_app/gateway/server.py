@@ -14,78 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .admin import Admin
 from .app import Gateway
 from .policy import Policy
 from .runtime import Runtime
-
-#: Names and values of a request's headers, with its target: more is refused with 431, as proxies do.
-MAX_HEADER_BYTES = 32 * 1024
-#: Seconds in which a request's headers have to arrive, on a new connection and on one that is kept alive.
-HEADER_TIMEOUT_S = 20.0
-#: Longer than the idle time of the usual load balancers (60 s), so that they close first and meet no closed connection.
-KEEP_ALIVE_S = 75
+from .wire import KEEP_ALIVE_S, Bounds, bounded
 
 
 class StartError(Exception):
     """The gateway cannot listen."""
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with bounds on a request's head: its size and the time it takes.
-
-    httptools refuses what parsers read differently: both Content-Length and Transfer-Encoding, bare line feeds, names
-    with spaces.
-    """
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._expect_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._have_head()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        self._head_bytes = 0
-        self._expect_head()
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        self._head_bytes += len(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > MAX_HEADER_BYTES:
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-            )
-            self.transport.close()
-            raise ValueError("the request's head is too large")
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._have_head()
-        super().on_headers_complete()
-
-    def _expect_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._head_late)
-
-    def _have_head(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_late(self) -> None:
-        self._head_timer = None
-        if not self.transport.is_closing():
-            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -107,11 +45,11 @@ def _listen(host: str, port: int, what: str) -> socket.socket:
         ) from error
 
 
-def _server(app: Any, drain_s: float) -> _Server:
+def _server(app: Any, drain_s: float, bounds: Bounds) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http=BoundedProtocol,
+            http=bounded(bounds),
             ws="none",
             lifespan="off",
             access_log=False,
@@ -153,8 +91,13 @@ async def _serve(path: Path, policy: Policy, began: float, public: socket.socket
     gc.freeze()
     # A request makes a few hundred objects and leaves hardly any cycles: the default looks for them twice a request.
     gc.set_threshold(50_000, 20, 20)
-    main = _server(Gateway(runtime), settings.drain_s)
-    admin = _server(Admin(runtime), 2)
+
+    def dropped(client: str, unsent: int) -> None:
+        runtime.logs.info("dropped a client that takes nothing of its answer", address=client, unsent_bytes=unsent)
+
+    bounds = Bounds(settings.client_head_timeout_s, settings.client_write_timeout_s, dropped)
+    main = _server(Gateway(runtime), settings.drain_s, bounds)
+    admin = _server(Admin(runtime), 2, bounds)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[Any]] = set()
