@@ -4,15 +4,19 @@
 the operation `admin`, by `Authorization: Bearer KEY` or by `x-rayplane-key: KEY`: proxies such as the Kubernetes API
 server's take the Authorization header for themselves.
 
-    GET    status                      this replica: version, store, limits, audit, reload
-    GET    routes                      routes with their backends, weights and health
-    PUT    routes/MODEL/weights        {"weights": {"blue": 90, "green": 10}}, on all replicas; backends not named keep
-    theirs DELETE routes/MODEL/weights        back to the configuration's GET    keys?limit=&after=          keys
-    without their hashes POST   keys/ID/revoke              {"until": "2026-01-31T00:00:00Z", "reason": "..."}, both
-    optional; on all replicas POST   keys/ID/restore POST   reload                      read the configuration anew,
-    this replica GET    usage?days=&by=             by key, client, tenant or model POST   clients/CLIENT/purge
-    usage and cache; the content of audit records, on all replicas GET    audit/head                  the last signed
-    head, to be kept elsewhere
+    GET    status                 this replica: version, store, limits, audit, reload
+    GET    routes                 routes with their backends, weights, canaries and health
+    PUT    routes/MODEL/weights   {"weights": {"blue": 90, "green": 10}}, on all replicas; others keep theirs
+    DELETE routes/MODEL/weights   back to the configuration's
+    PUT    routes/MODEL/canary    {"percent": 5}, on all replicas
+    DELETE routes/MODEL/canary    back to the configuration's
+    GET    keys?limit=&after=     keys without their hashes
+    POST   keys/ID/revoke         {"until": "2026-01-31T00:00:00Z", "reason": "..."}, both optional; on all replicas
+    POST   keys/ID/restore
+    POST   reload                 read the configuration anew, this replica
+    GET    usage?days=&by=        by key, client, tenant or model
+    POST   clients/CLIENT/purge   usage and cache; the content of audit records, on all replicas
+    GET    audit/head             the last signed head, to be kept elsewhere
 
 Every change is audited with its actor, before and after.
 """
@@ -57,6 +61,10 @@ _PREFIX = "/admin/v1/"
 
 class _Weights(msgspec.Struct, forbid_unknown_fields=True):
     weights: dict[str, int]
+
+
+class _Canary(msgspec.Struct, forbid_unknown_fields=True):
+    percent: float
 
 
 class _Revoke(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,6 +115,7 @@ class Admin:
             ("status", "", {"GET": self._status}),
             ("routes", "", {"GET": self._show_routes}),
             ("routes/", "/weights", {"PUT": self._put_weights, "DELETE": self._delete_weights}),
+            ("routes/", "/canary", {"PUT": self._put_canary, "DELETE": self._delete_canary}),
             ("keys", "", {"GET": self._show_keys}),
             ("keys/", "/revoke", {"POST": self._revoke}),
             ("keys/", "/restore", {"POST": self._restore}),
@@ -189,6 +198,7 @@ class Admin:
             "draining": runtime.draining,
             "backend": runtime.router.ready(),
             "store": "local" if runtime.store.local else ("reached" if runtime.store.available else "away"),
+            "revocations": runtime.dynamic.loaded,
             "audit": not runtime.audit.refusing,
         }
         return runtime.ready() and not runtime.audit.refusing, checks
@@ -253,6 +263,8 @@ class Admin:
                 "state_known": runtime.dynamic.loaded,
             },
             "revoked": len(runtime.dynamic.revoked),
+            # Routes whose weights were set so that no backend would get anything: the configured ones hold.
+            "weights_ignored": sorted(runtime.router.ignored),
             "audit": {
                 "enabled": audit.config.enabled,
                 "records": audit.records,
@@ -266,20 +278,30 @@ class Admin:
         routes: dict[str, Any] = {}
         for name, route in runtime.policy.config.routes.items():
             override = runtime.dynamic.overrides.get(name)
-            changed = override.weights if override else {}
+            moved = runtime.dynamic.canaries.get(name)
+            ignored = name in runtime.router.ignored
+            weights = self._weights(name, {target.backend: target.weight for target in route.backends})
             routes[name] = {
                 "aliases": route.aliases,
                 "backends": [
                     {
                         "backend": target.backend,
                         "priority": target.priority,
-                        "weight": changed.get(target.backend, target.weight),
+                        "weight": weights[target.backend],
                         "configured": target.weight,
                     }
                     for target in route.backends
                 ],
-                "changed": {"actor": override.actor, "at": stamp(override.at)} if override else None,
-                "canary": route.canary and {"backend": route.canary.backend, "percent": route.canary.percent},
+                "changed": {"actor": override.actor, "at": stamp(override.at), "ignored": ignored}
+                if override
+                else None,
+                "canary": route.canary
+                and {
+                    "backend": route.canary.backend,
+                    "percent": moved.percent if moved else route.canary.percent,
+                    "configured": route.canary.percent,
+                    "changed": {"actor": moved.actor, "at": stamp(moved.at)} if moved else None,
+                },
                 "shadow": route.shadow and {"backend": route.shadow.backend, "percent": route.shadow.percent},
             }
         return {"routes": routes, "backends": runtime.router.snapshot()}
@@ -370,8 +392,43 @@ class Admin:
         self._record(request.caller, "weights", {"model": name, "before": before, "after": after})
         return {"model": name, "before": before, "weights": after}
 
+    async def _put_canary(self, request: _Request) -> dict[str, Any]:
+        runtime = self._runtime
+        found = runtime.policy.route(request.name)
+        if found is None:
+            raise NotFound("There is no such model.")
+        name, route = found
+        if route.canary is None:
+            raise InvalidRequest(f"The route of {name} has no canary; declare one in the configuration.")
+        percent = _decode(request.body, _Canary).percent
+        if not 0 <= percent <= 100:
+            raise InvalidRequest("A canary's percentage is a number from 0 to 100.", param="percent")
+        before = self._percent(name, route.canary.percent)
+        runtime.audit.check()
+        await runtime.dynamic.set_canary(name, percent, actor=request.caller.id)
+        self._record(request.caller, "canary", {"model": name, "before": before, "after": percent})
+        return {"model": name, "before": before, "percent": percent}
+
+    async def _delete_canary(self, request: _Request) -> dict[str, Any]:
+        runtime = self._runtime
+        found = runtime.policy.route(request.name)
+        # A route that the configuration has no more, or without its canary, may have left a percentage.
+        name = found[0] if found else request.name
+        if found is None and name not in runtime.dynamic.canaries:
+            raise NotFound("There is no such model.")
+        after = found[1].canary.percent if found and found[1].canary else None
+        before = self._percent(name, after)
+        runtime.audit.check()
+        await runtime.dynamic.set_canary(name, None, actor=request.caller.id)
+        self._record(request.caller, "canary", {"model": name, "before": before, "after": after})
+        return {"model": name, "before": before, "percent": after}
+
+    def _percent(self, name: str, configured: float | None) -> float | None:
+        changed = self._runtime.dynamic.canaries.get(name)
+        return changed.percent if changed else configured
+
     def _weights(self, name: str, configured: Mapping[str, int]) -> dict[str, int]:
-        changed = self._runtime.dynamic.weights.get(name, {})
+        changed = {} if name in self._runtime.router.ignored else self._runtime.dynamic.weights.get(name, {})
         return {backend: changed.get(backend, weight) for backend, weight in configured.items()}
 
     async def _revoke(self, request: _Request) -> dict[str, Any]:

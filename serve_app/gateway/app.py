@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .exchange import Exchange
-from .request import Receive, Scope, Send
+from .request import Bodies, Receive, Scope, Send
 from .runtime import Runtime
 
 _PROBES = ("/livez", "/readyz")
@@ -14,6 +14,8 @@ class Gateway:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._bodies = Bodies(runtime.policy.config.server.max_buffered_bytes)
+        runtime.metrics.pull("buffered_bytes", "Bytes that requests' bodies take.", lambda: self._bodies.held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -25,4 +27,4 @@ class Gateway:
             await send({"type": "http.response.start", "status": 200 if well else 503, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
-        await Exchange(self._runtime, scope, receive, send).run()
+        await Exchange(self._runtime, scope, receive, send, self._bodies).run()

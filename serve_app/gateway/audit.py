@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 #: Seconds for which the thread gathers records.
 GATHER_S = 0.05
+#: Requests without a valid key or token become one record in so many seconds, for each error code.
+REFUSED_EVERY_S = 60.0
+#: Addresses that are told apart for it; more count as one.
+_MOST_ADDRESSES = 10_000
 #: Bytes of records held while the disk takes none.
 BUFFER_BYTES = 32 * 1024 * 1024
 #: Seconds between attempts while the disk takes none, and between looks for segments that are too old.
@@ -49,6 +53,17 @@ class AuditFailed(Unavailable):
     """The audit log cannot be written, and `on_failure` is `closed`."""
 
     code = "audit_unavailable"
+
+
+class _Refused:
+    """Requests that came from nobody, since the last record of them."""
+
+    __slots__ = ("addresses", "count", "since")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.count = 0
+        self.addresses: set[str] = set()
 
 
 class AuditLog:
@@ -102,6 +117,8 @@ class AuditLog:
         self._pending: list[bytes] = []
         self._written = (0, ZERO)
         self._unsigned = 0
+        self._refused: dict[str, _Refused] = {}
+        self._refused_at = 0.0
         self._lost_told = 0
         self._head_n = 0
         self._head_prev = ZERO
@@ -173,6 +190,7 @@ class AuditLog:
         self._thread = None
         with self._maintenance:
             with self._lock:
+                self._tell_refused()
                 self._chain("stop", self._encode({"records": self.records, "lost": self.lost}))
                 self._closed = True
             self._step(head=True)
@@ -228,6 +246,38 @@ class AuditLog:
         if self.failed:
             self.check()
 
+    def refused(self, code: str, address: str) -> None:
+        """Count a request that failed before anybody was found who sent it: it costs no record of its own.
+
+        A record of kind `refused` in `REFUSED_EVERY_S` seconds says how many there were with this code, from how many
+        addresses, and since when. Nothing is raised: where the disk takes nothing, these wait with all others.
+
+        Args:
+            code: The error's code; one of this program's, so that there are few.
+            address: The client's; empty: unknown.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            first = not self._refused
+            entry = self._refused.get(code)
+            if entry is None:
+                entry = self._refused[code] = _Refused(self._clock())
+            entry.count += 1
+            if address and len(entry.addresses) < _MOST_ADDRESSES:
+                entry.addresses.add(address)
+        if first:
+            self._refused_at = time.monotonic() + REFUSED_EVERY_S
+            self._wake.set()
+
+    def _tell_refused(self) -> None:
+        """The records of those; the caller holds `_lock`."""
+        told, self._refused = self._refused, {}
+        for code, entry in told.items():
+            since = audit_format.stamp(entry.since)
+            counts = {"error": code, "count": entry.count, "addresses": len(entry.addresses), "since": since}
+            self._chain("refused", self._encode(counts))
+
     def _encode(self, record: Mapping[str, Any]) -> bytes:
         try:
             return self._encoder.encode(record)
@@ -276,13 +326,18 @@ class AuditLog:
             if self._stopping.wait(RETRY_S if self.failed else GATHER_S):
                 break
             self._wake.clear()
+            if self._refused and time.monotonic() >= self._refused_at:
+                with self._lock:
+                    self._tell_refused()
             self._step()
 
     def _idle(self) -> float:
         """Seconds until something is due although nothing is appended."""
         if self.failed or self._pending:
             return 0.0
-        return max(self.config.head_every_s - (time.monotonic() - self._head_at), 0.0) if self._unsigned else 60.0
+        now = time.monotonic()
+        due = max(self.config.head_every_s - (now - self._head_at), 0.0) if self._unsigned else 60.0
+        return min(due, max(self._refused_at - now, 0.0)) if self._refused else due
 
     def _step(self, *, head: bool = False) -> bool:
         """Write what is buffered, and sign a head if one is due or asked for; False: the disk took it not."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from .config import Issuer, Key, Limits, Role
+from .errors import Unavailable
 from .keys import MARK, refused
 from .tokens import TokenVerifier
 
@@ -67,10 +68,14 @@ class Caller:
 class Authenticator:
     """Turns an Authorization header into a caller. Holds what tokens need: keys of issuers, tokens verified a moment
     ago.
+
+    Args:
+        informed: Whether it is known which keys are revoked; until then nobody with a key or token is let in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, informed: Callable[[], bool] = lambda: True) -> None:
         self.tokens = TokenVerifier()
+        self._informed = informed
         self._policy: Policy | None = None
         self._callers: dict[str, Caller] = {}
         self._subjects: dict[tuple[str, ...], Caller] = {}
@@ -96,7 +101,8 @@ class Authenticator:
         Raises:
             AuthenticationFailed: Without a valid key or token; its code tells which: `missing_api_key`,
                 `invalid_api_key`, `expired_api_key`, `revoked_api_key`, `invalid_token`, `expired_token`.
-            Unavailable: The token's issuer cannot be reached, and none of its keys is known yet.
+            Unavailable: The token's issuer cannot be reached, and none of its keys is known yet; or nobody knows yet
+                which keys are revoked.
         """
         if policy is not self._policy:
             self._policy = policy
@@ -114,6 +120,7 @@ class Authenticator:
             key = policy.keys.find(text, now)
             if key.id in revoked:
                 raise refused("The API key has been revoked.", "revoked_api_key")
+            self._require_informed()
             caller = self._callers.get(key.id)
             if caller is None:
                 caller = self._callers[key.id] = _of_key(policy, key)
@@ -123,8 +130,17 @@ class Authenticator:
             caller = self._of_claims(policy, issuer, claims)
             if caller.id in revoked:
                 raise refused("Access of the token's subject has been revoked.", "revoked_api_key")
+            self._require_informed()
             return caller
         return self._anonymous(policy, "invalid_api_key", "The API key is not valid.")
+
+    def _require_informed(self) -> None:
+        if not self._informed():
+            raise Unavailable(
+                "Revoked keys cannot be told from good ones yet. Please try again.",
+                code="store_unavailable",
+                headers={"Retry-After": "1"},
+            )
 
     def _anonymous(self, policy: Policy, code: str, message: str) -> Caller:
         """The caller without credentials of ours, such as the word that OpenAI's clients demand in place of a key."""
@@ -148,14 +164,18 @@ class Authenticator:
         client = _name(_claim(claims, issuer.client_claim), "client", subject)
         tenant = _name(_claim(claims, issuer.tenant_claim), "tenant", issuer.default_tenant)
         which = (issuer.issuer, subject, role_name, client, tenant)
-        caller = self._subjects.get(which)
+        # A request that waited for its issuer's keys goes on with its own policy when another has come meanwhile, and
+        # leaves the new one's callers alone.
+        current = policy is self._policy
+        caller = self._subjects.get(which) if current else None
         if caller is None:
-            if len(self._subjects) >= MAX_SUBJECTS:
-                self._subjects.clear()
             role = policy.config.roles[role_name]
             name = f"jwt:{issuer.issuer}#{subject}"
             caller = Caller(name, client, tenant, role_name, role, None, role.limits, True)
-            self._subjects[which] = caller
+            if current:
+                if len(self._subjects) >= MAX_SUBJECTS:
+                    self._subjects.clear()
+                self._subjects[which] = caller
         return caller
 
 

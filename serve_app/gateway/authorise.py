@@ -10,16 +10,13 @@ from .auth import Caller
 from .config import Route
 from .errors import InvalidRequest, NotFound, PermissionDenied
 from .policy import Policy
+from .request import BOUNDS, answers
 
 #: Every name under which an engine takes the bound of an answer's tokens. All are checked whatever the operation:
 #: engines read names that OpenAI does not.
 _BOUNDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-#: The names that bind an operation's answer; the first is set where a request states none of them.
-_BINDING: Final = {
-    "chat": ("max_tokens", "max_completion_tokens"),
-    "completions": ("max_tokens",),
-    "responses": ("max_output_tokens",),
-}
+#: What multiplies answers. Each of them has the whole bound to itself.
+_MULTIPLIERS: Final = ("n", "best_of")
 #: What a request cannot do without; a list of allowed parameters need not name these.
 _ESSENTIAL: Final = frozenset(
     {"model", "messages", "prompt", "input", "query", "documents", "text_1", "text_2", "file"}
@@ -80,7 +77,11 @@ def authorise(
             raise InvalidRequest("You must provide a model parameter.", param="model")
     elif route is None or not may_use(caller, model_id):
         raise _no_model(model_id, body)
-    if caller.unrestricted or body is None:
+    if body is None:
+        return None
+    if not caller.role.chat_template:
+        _no_template(body)
+    if caller.unrestricted:
         return None
     _parameters(caller, body)
     return None if caller.max_tokens is None else _bound(caller, caller.max_tokens, operation, body)
@@ -97,6 +98,17 @@ def _no_model(model_id: str, body: dict[str, Any] | None) -> NotFound:
     return NotFound(
         f"The model `{_asked(model_id, body)}` does not exist or you do not have access to it.", param="model"
     )
+
+
+def _no_template(body: dict[str, Any]) -> None:
+    """A template is a program that makes the prompt: what it will say, no filter can see."""
+    given = body.get("chat_template_kwargs")
+    within = isinstance(given, dict) and given.get("chat_template") is not None
+    if within or body.get("chat_template") is not None:
+        name = "chat_template_kwargs" if within else "chat_template"
+        raise PermissionDenied(
+            "Your API key's role does not allow a chat template of your own.", param=name, code="parameter_not_allowed"
+        )
 
 
 def _parameters(caller: Caller, body: dict[str, Any]) -> None:
@@ -118,10 +130,11 @@ def _parameters(caller: Caller, body: dict[str, Any]) -> None:
 
 
 def _bound(caller: Caller, most: int, operation: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """Bound what a request may get: `most` tokens in all its answers together."""
     changes: dict[str, Any] = {}
-    binding = _BINDING.get(operation, ())
-    stated = False
-    for name in _BOUNDS:
+    binding = BOUNDS.get(operation, ())
+    stated = 0
+    for name in (*_BOUNDS, *_MULTIPLIERS):
         value = body.get(name)
         if value is None:
             continue
@@ -129,15 +142,27 @@ def _bound(caller: Caller, most: int, operation: str, body: dict[str, Any]) -> d
         # some.
         if type(value) is not int or value < 0:
             raise InvalidRequest(f"`{name}` must be a whole number, 0 or more.", param=name)
-        stated = stated or name in binding
+        if name in _MULTIPLIERS:
+            continue
+        if name in binding:
+            stated = max(stated, value)
         if value > most:
             if caller.role.strict_max_tokens:
-                raise InvalidRequest(
-                    f"`{name}` is {value}; your API key's role allows {most} at most.",
-                    param=name,
-                    code="max_tokens_too_high",
-                )
+                raise _too_high(f"`{name}` is {value}; your API key's role allows {most} at most.", name)
             changes[name] = most
-    if binding and not stated:
-        changes[binding[0]] = most
+    many, multiplier = answers(operation, body)
+    if many > 1 and (stated or 1) * many > most:
+        each = f"{many} answers of {stated} tokens" if stated else f"{many} answers"
+        raise _too_high(
+            f"`{multiplier}` is too large: your API key's role allows {most} tokens for all answers to a request "
+            f"together, and this one asks for {each}.",
+            multiplier,
+        )
+    # `max_completion_tokens: 0` is as good as not stated to engines that read `max_completion_tokens or max_tokens`.
+    if binding and not stated and body.get(binding[0]) is None:
+        changes[binding[0]] = most // many
     return changes or None
+
+
+def _too_high(message: str, name: str) -> InvalidRequest:
+    return InvalidRequest(message, param=name, code="max_tokens_too_high")

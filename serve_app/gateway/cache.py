@@ -105,6 +105,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     stored: float = 0.0
     #: How it was found: kept before, from an equal request under way, or by likeness.
     how: Literal["hit", "shared", "semantic"] = "hit"
+    #: Of which version of the model it is: `main` or `canary`.
+    variant: str = "main"
 
     def pieces(self, size: int = 16384) -> Iterator[bytes]:
         """The body for sending: a stream's first event alone, then groups of whole events of about `size` bytes."""
@@ -333,7 +335,7 @@ class Cache:
             body: The request as it goes to the backend, so filters have seen it.
             policy_version: Anything that changes when answers may, such as `version_of`.
             asked: The caller wants it cached although it leaves room for chance.
-            extra: What else the answer depends on: a backend or a canary that the caller asked for.
+            extra: What else the answer depends on: the backend that the caller asked for, whether it is on the canary.
         """
         if not cfg.enabled or not caller.retain or operation not in cfg.operations:
             return None

@@ -30,31 +30,44 @@ class Server(Section, frozen=True):
     admin_host: str = "127.0.0.1"
     admin_port: int = 9090
     max_body_bytes: int = 10 * 1024 * 1024
+    #: Bytes that requests' bodies take at a time (as they came, decoded, and in copies), over all requests; more are
+    #: refused with 503. One caller gets half of it. It is about what the process takes for them, beside its own.
+    max_buffered_bytes: int = 256 * 1024 * 1024
     #: Seconds that open requests have to finish after SIGTERM.
     drain_s: float = 60.0
     #: Seconds between SIGTERM and the listening socket's end, so that load balancers see the probe fail first.
     drain_delay_s: float = 0.0
     #: A client that takes none of the answer for so long is dropped.
     client_write_timeout_s: float = 60.0
+    #: Seconds that a client has to send a request's line and headers.
+    client_head_timeout_s: float = 20.0
     #: Seconds that a client has to send its whole body.
     client_read_timeout_s: float = 30.0
     #: The configuration file is looked at so often.
     reload_interval_s: float = 2.0
-    #: Hosts (addresses or networks) whose X-Forwarded-For names the client's address.
-    trusted_proxies: list[str] = msgspec.field(default_factory=list)
 
 
 class Store(Section, frozen=True):
-    """Redis, shared by all replicas: limits, budgets, cache, revocations, weights. An empty url: this process alone."""
+    """Redis, shared by all replicas: limits, budgets, revocations, weights, cache. An empty url: this process alone.
+
+    It has to keep what it was given (maxmemory-policy noeviction): a budget that is dropped to make room begins at 0.
+    """
 
     url: str = ""
     #: Environment variable with the password, where the url has none.
     password_env: str = ""
+    #: Another Redis for cached answers alone, which may drop them when it is full (allkeys-lru). Empty: the same one.
+    cache_url: str = ""
+    cache_password_env: str = ""
     prefix: str = "rayplane"
     timeout_ms: int = 250
     #: What happens while Redis is away: refuse (503), or allow this replica a fraction of every limit.
     on_failure: Literal["closed", "local"] = "closed"
     local_fraction: float = 0.25
+    #: A replica that starts while Redis is away does not know which keys were revoked by the admin API. False: it is
+    #: not ready, and answers keys and tokens with 503, until it has read that once. True (with on_failure local): it
+    #: serves all the same.
+    start_without_revocations: bool = False
 
 
 class Rate(Section, frozen=True):
@@ -146,10 +159,13 @@ class Role(Section, frozen=True):
         default_factory=lambda: ["chat", "completions", "responses", "embeddings", "rerank", "score", "models"]
     )
     #: Upper bound of max_tokens, max_completion_tokens and max_output_tokens; also the default where a request states
-    #: none.
+    #: none. It is for all answers to a request together: with `n`, `best_of` or several prompts the default is divided
+    #: among them, and a request that asks for more in all is refused.
     max_tokens: int | None = None
     #: Refuse larger values instead of lowering them.
     strict_max_tokens: bool = False
+    #: May send `chat_template`, a program that makes the prompt in the engine: no filter sees what it will say.
+    chat_template: bool = False
     #: Request parameters (names of the JSON body) that alone are allowed, or that are refused.
     allowed_parameters: list[str] | None = None
     denied_parameters: list[str] = msgspec.field(default_factory=list)
@@ -195,6 +211,8 @@ class Backend(Section, frozen=True):
     #: Its own key: in the environment, or in a file.
     api_key_env: str = ""
     api_key_file: str = ""
+    #: The header that takes the key as it is (`api-key`, say); empty: Authorization, as a bearer token.
+    api_key_header: str = ""
     #: The model's name there, where it differs from the route's.
     model: str = ""
     headers: dict[str, str] = msgspec.field(default_factory=dict)
@@ -228,7 +246,9 @@ class Canary(Section, frozen=True):
 
 
 class Shadow(Section, frozen=True):
-    """A backend that gets a copy of a share of the requests; its answers are measured and thrown away."""
+    """A backend that gets a copy of a share of the requests; its answers are measured and thrown away. No copies are
+    made of files, of bodies of more than 1 MiB, and of what nobody may retain.
+    """
 
     backend: str
     percent: float = 0.0
@@ -295,6 +315,9 @@ class Filter(Section, frozen=True):
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     #: Characters of a stream held back at most, so that a match across pieces is found.
     hold_back: int = 256
+    #: Prompts given as numbers of tokens (or as embeddings) hold no text to look at. Where the filter blocks or redacts
+    #: requests they are refused, unless told otherwise.
+    unreadable_prompts: Literal["refuse", "allow"] = "refuse"
 
 
 class Audit(Section, frozen=True):
@@ -307,7 +330,8 @@ class Audit(Section, frozen=True):
     #: A head is signed after so many records or seconds, whichever comes first.
     head_every_records: int = 1000
     head_every_s: float = 10.0
-    #: Admin actions always; requests where this is set.
+    #: Admin actions always; requests where this is set. Of requests without a valid key or token the number alone: a
+    #: record a minute for each error code, so that nobody from outside can fill the disk.
     requests: bool = True
     #: Prompts and answers too. Off by default: they are personal data.
     content: bool = False
@@ -344,7 +368,9 @@ class Config(Section, frozen=True):
     auth: Auth = msgspec.field(default_factory=Auth)
     roles: dict[str, Role] = msgspec.field(default_factory=dict)
     keys: list[Key] = msgspec.field(default_factory=list)
-    #: JSON (or YAML) files with further keys, relative to this one; looked at as often as this one.
+    #: JSON (or YAML) files with further keys, relative to this one; looked at as often as this one. Behind a name may
+    #: stand what has to be in it (`keys.json#sha256=<64 hex digits>`): so files that are replaced one after the other
+    #: are taken over together.
     key_files: list[str] = msgspec.field(default_factory=list)
     #: Limits of a tenant by name; `*` is for those not named.
     tenants: dict[str, Limits] = msgspec.field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""What administrators change while replicas run: revoked keys, weights of routes, purges. Shared through Redis.
+"""What administrators change while replicas run: revoked keys, weights and canaries of routes, purges. Shared through
+Redis.
 
 One hash holds one entry a thing, each with the time (of Redis) at which it was set; the later one wins, and what was
 taken back stays as an entry that says so. So a Redis that was emptied, or put back from an old copy, is filled again
@@ -75,6 +76,14 @@ class Weights(msgspec.Struct, frozen=True):
     at: float = 0.0
 
 
+class Canary(msgspec.Struct, frozen=True):
+    """The percentage of a route's callers that its canary gets, in place of the configuration's."""
+
+    actor: str
+    percent: float
+    at: float = 0.0
+
+
 class Purge(msgspec.Struct, frozen=True):
     """A client's content is to go, as far as it was written before `at`."""
 
@@ -113,6 +122,8 @@ class Dynamic:
         self.weights: Mapping[str, Mapping[str, int]] = MappingProxyType({})
         self.revocations: Mapping[str, Revocation] = MappingProxyType({})
         self.overrides: Mapping[str, Weights] = MappingProxyType({})
+        #: Percentages of canaries, by route, in place of the configuration's.
+        self.canaries: Mapping[str, Canary] = MappingProxyType({})
         #: Purges of the last day, by client.
         self.purges: Mapping[str, Purge] = MappingProxyType({})
         #: Called after each change, wherever it was made.
@@ -159,6 +170,10 @@ class Dynamic:
     async def set_weights(self, route: str, weights: Mapping[str, int] | None, *, actor: str) -> None:
         """Replace a route's weights, or (None) go back to the configuration's; raises as `revoke`."""
         await self._set(f"weights/{route}", None if weights is None else {"actor": actor, "weights": dict(weights)})
+
+    async def set_canary(self, route: str, percent: float | None, *, actor: str) -> None:
+        """Replace the percentage of a route's canary, or (None) go back to the configuration's; raises as `revoke`."""
+        await self._set(f"canary/{route}", None if percent is None else {"actor": actor, "percent": percent})
 
     async def request_purge(self, client: str, *, actor: str) -> None:
         """Tell every replica to take the client's content out of its audit log; raises as `revoke`."""
@@ -210,6 +225,7 @@ class Dynamic:
     def _apply(self) -> None:
         revocations: dict[str, Revocation] = {}
         overrides: dict[str, Weights] = {}
+        canaries: dict[str, Canary] = {}
         purges: dict[str, Purge] = {}
         now = self._clock()
         for field, entry in self._entries.items():
@@ -225,12 +241,16 @@ class Dynamic:
                         revocations[name] = revocation
                 elif kind == "weights":
                     overrides[name] = _of(entry, Weights, at)
+                elif kind == "canary":
+                    canaries[name] = _of(entry, Canary, at)
                 elif kind == "purge" and at + PURGE_FOR_S > now:
                     purges[name] = _of(entry, Purge, at)
-        if (revocations, overrides, purges) == (self.revocations, self.overrides, self.purges):
+        found = (revocations, overrides, canaries, purges)
+        if found == (self.revocations, self.overrides, self.canaries, self.purges):
             return
         self.revocations = MappingProxyType(revocations)
         self.overrides = MappingProxyType(overrides)
+        self.canaries = MappingProxyType(canaries)
         self.purges = MappingProxyType(purges)
         self.revoked = frozenset(revocations)
         self.weights = MappingProxyType({name: MappingProxyType(one.weights) for name, one in overrides.items()})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from . import authorise, request
-from .auth import Caller
+from .auth import ANONYMOUS, Caller
 from .cache import Entry, Lead
 from .config import Operation, Route
 from .errors import BackendFailed, GatewayError, InvalidRequest, NotFound, PermissionDenied
@@ -18,16 +18,19 @@ from .filters.base import About, Blocked, Finding
 from .filters.chain import Chain
 from .filters.stream import StreamFilter
 from .limits import Admission, LimitReached, Used, subjects
-from .request import ClientGone, Header, Headers, Message, Receive, Scope, Send
+from .request import Bodies, ClientGone, Header, Headers, Message, Receive, Scope, Send
 from .routing import Answer, Call
 from .runtime import Runtime
 from .sse import Events, cut_usage, data, is_done
 from .tracing import Trace
+from .wire import SCOPE_KEY
 
 #: An answer that is read as a whole has at most so many bytes.
 MAX_ANSWER = 256 * 1024 * 1024
 #: A longer request is hardly ever repeated, and takes longer to compare than it should.
 _CACHED_BYTES = 1024 * 1024
+#: Larger ones are not copied for a shadow backend.
+_SHADOWED_BYTES = 1024 * 1024
 _JSON = (b"content-type", b"application/json")
 _EVENTS = b"text/event-stream"
 
@@ -38,8 +41,11 @@ class Exchange:
     __slots__ = (
         "_answer",
         "_began",
+        "_bodies",
         "_first",
+        "_form",
         "_headers",
+        "_held",
         "_id",
         "_input",
         "_last",
@@ -75,15 +81,18 @@ class Exchange:
         "variant",
     )
 
-    def __init__(self, runtime: Runtime, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, runtime: Runtime, scope: Scope, receive: Receive, send: Send, bodies: Bodies) -> None:
         self._runtime = runtime
         self._policy = runtime.policy
         self._scope = scope
         self._receive = receive
         self._send = send
         self._began = time.perf_counter()
+        self._bodies = bodies
+        self._held = 0
         self._first = 0.0
         self._last = 0.0
+        self._form: request.Form | None = None
         self._headers: Headers | None = None
         self._id = ""
         self._input = 0
@@ -135,9 +144,13 @@ class Exchange:
         finally:
             if self._watch is not None:
                 self._watch.cancel()
-            if self._answer is not None:
-                await self._answer.close()
-            self._finish()
+            try:
+                if self._answer is not None:
+                    await self._answer.close()
+            finally:
+                if self._held and self.caller is not None:
+                    self._bodies.give(self.caller.id, self._held)
+                self._finish()
 
     # --- from the request to the backend
 
@@ -164,19 +177,34 @@ class Exchange:
             await self._models()
             return
         server = self._policy.config.server
-        body = await request.read_body(self._receive, headers, server.max_body_bytes, server.client_read_timeout_s)
+        body = await request.read_body(
+            self._receive, headers, server.max_body_bytes, server.client_read_timeout_s, self._hold
+        )
         decoded: dict[str, Any] | None = None
         if operation == "files":
             named = headers.text(b"x-rayplane-model") or self._only_route(operation)
         elif operation == "audio" and not scope["path"].endswith("/speech"):
-            named = request.form_model(headers.known.get(b"content-type", b""), body)
+            self._hold(len(body))  # the copy that goes on
+            self._form = request.form(headers.known.get(b"content-type", b""), body)
+            named = self._form.model
         else:
+            self._hold(request.working_bytes(body))
             decoded = request.decode(body)
             named = request.model_of(decoded)
-            if body.count(b'"model"') > 1 or (self.caller.max_tokens is not None and body.count(b"max_") > 1):
-                # Perhaps the same name twice: readers differ in which one counts, so there is one reading for all.
+            if not request.one_reading(body):
+                # Readers differ in which of two equal names counts, so there is one reading for all.
                 body = msgspec.json.encode(decoded)
         await self._ask(body, decoded, named)
+
+    def _hold(self, size: int) -> None:
+        """So many bytes more are held for this request, until its end."""
+        assert self.caller is not None
+        try:
+            self._bodies.take(self.caller.id, size)
+        except GatewayError:
+            self._runtime.metrics.limited("buffered_bytes")
+            raise
+        self._held += size
 
     def _only_route(self, operation: Operation) -> str:
         config = self._policy.config
@@ -227,14 +255,20 @@ class Exchange:
         if self.admission.degraded:
             runtime.metrics.degraded_request()
         self._watch_client()
-        chain = runtime.chain(caller.role_name, caller.role) if decoded is not None else None
+        form = self._form
+        chain = runtime.chain(caller.role_name, caller.role) if decoded is not None or form is not None else None
         about = None
-        if chain is not None and decoded is not None:
+        if chain is not None:
             about = About(
                 request_id=self._id, client=caller.client, tenant=caller.tenant, model=self.model, retain=self.retain
             )
-            if chain.has_input:
+            if chain.has_input and decoded is not None:
                 decoded, rewritten = await self._filter_request(chain, about, decoded, rewritten)
+            elif chain.has_input and form is not None:
+                given = {"prompt": [text for _, _, text in form.fields]}
+                told, changed = await self._filter_request(chain, about, given, False)
+                if changed:
+                    body = form.replaced(body, told["prompt"])
         if rewritten:
             body = msgspec.json.encode(decoded)
         if runtime.audit.config.enabled and runtime.audit.config.content and self.retain:
@@ -289,6 +323,7 @@ class Exchange:
         assert caller is not None and operation is not None and self._headers is not None
         config = self._policy.config.cache
         asked = self._headers.text(b"x-rayplane-cache")
+        call = self._call(body, decoded)
         key = None
         skipped = asked == "skip" and caller.role.choose_backend
         if config.enabled and decoded is not None and self.retain and not skipped and len(body) <= _CACHED_BYTES:
@@ -300,30 +335,31 @@ class Exchange:
                 decoded,
                 runtime.answers_version,
                 asked=asked == "use",
-                extra=self._chosen(),
+                extra=self._chosen(call),
             )
         if key is None:
-            await self._forward(body, decoded, chain, about, None)
+            await self._forward(call, chain, about, None)
             return
         found = await runtime.cache.lookup(key)
         if isinstance(found, Entry):
             self.cached = found.how
+            self.variant = found.variant
             runtime.metrics.cache(found.how)
             await self._replay(found)
             return
         self.cached = "miss"
         runtime.metrics.cache("miss")
         try:
-            await self._forward(body, decoded, chain, about, found)
+            await self._forward(call, chain, about, found)
         finally:
             found.release()
 
-    def _chosen(self) -> str:
-        """What of the request decides about the backend, besides the route."""
-        assert self.caller is not None and self.route is not None and self._headers is not None
-        canary = self._headers.text(self.route.canary.header.encode()) if self.route.canary else ""
-        backend = self._headers.text(b"x-rayplane-backend") if self.caller.role.choose_backend else ""
-        return f"{canary}\n{backend}" if canary or backend else ""
+    def _chosen(self, call: Call) -> str:
+        """What decides about the version that answers, besides the route: those on the canary have answers of their
+        own, whether its header or its percentage put them there.
+        """
+        canary = "canary" if self._runtime.router.on_canary(call) else ""
+        return f"{canary}\n{call.backend or ''}" if canary or call.backend else ""
 
     async def _replay(self, entry: Entry) -> None:
         self.usage = entry.usage
@@ -336,28 +372,10 @@ class Exchange:
             await self._body(piece, more=True)
         await self._body(b"", more=False)
 
-    async def _forward(
-        self,
-        body: bytes,
-        decoded: dict[str, Any] | None,
-        chain: Chain | None,
-        about: About | None,
-        lead: Lead | None,
-    ) -> None:
-        runtime, caller, operation, route, headers = (
-            self._runtime,
-            self.caller,
-            self.operation,
-            self.route,
-            self._headers,
-        )
+    def _call(self, body: bytes, decoded: dict[str, Any] | None) -> Call:
+        caller, operation, route, headers = self.caller, self.operation, self.route, self._headers
         assert caller is not None and operation is not None and route is not None and headers is not None
-        counted = self.stream and operation in request.CHUNKED and decoded is not None
-        if counted and decoded is not None:
-            backends = self._policy.config.backends
-            continuous = all(backends[target.backend].continuous_usage for target in route.backends)
-            body = request.with_usage(body, decoded, continuous)
-        call = Call(
+        return Call(
             route_id=self.model,
             route=route,
             method=self._scope["method"],
@@ -372,7 +390,18 @@ class Exchange:
             canary=headers.text(route.canary.header.encode()) if route.canary else None,
             backend=headers.text(b"x-rayplane-backend") or None if caller.role.choose_backend else None,
             request_id=self._id,
+            # Files would be kept there (or deleted), and copies under way must not take the callers' memory.
+            shadow=self.retain and operation != "files" and len(body) <= _SHADOWED_BYTES,
         )
+
+    async def _forward(self, call: Call, chain: Chain | None, about: About | None, lead: Lead | None) -> None:
+        runtime, operation, route, decoded = self._runtime, self.operation, self.route, call.decoded
+        assert operation is not None and route is not None
+        counted = self.stream and operation in request.CHUNKED and decoded is not None
+        if counted and decoded is not None:
+            backends = self._policy.config.backends
+            continuous = all(backends[target.backend].continuous_usage for target in route.backends)
+            call.body = request.with_usage(call.body, decoded, continuous)
         if self._trace is not None:
             call.headers = self._trace.onward(call.headers, operation, self.model, decoded)
         runtime.metrics.overhead(time.perf_counter() - self._began)
@@ -384,8 +413,10 @@ class Exchange:
             self.reached = False
             raise
         self.backend, self.variant, self.attempts = answer.backend, answer.variant, answer.attempts
-        kind = next((value for name, value in answer.headers if name == b"content-type"), b"")
-        if answer.status == 200 and self.stream and kind.startswith(_EVENTS):
+        kind = _media_type(answer.headers)
+        # Transcriptions are streamed by a field of their form, which nobody has looked at.
+        self.stream = self.stream or (operation == "audio" and kind == _EVENTS)
+        if answer.status == 200 and self.stream and kind == _EVENTS:
             await self._relay(
                 answer,
                 counted,
@@ -394,7 +425,9 @@ class Exchange:
                 about=about,
                 lead=lead,
             )
-        elif operation in request.CLOSED and not kind.startswith(b"application/json"):
+        elif self._form is not None and answer.status == 200 and kind != _JSON[1] and chain and chain.has_output:
+            await self._transcript(answer, chain, about)
+        elif operation in request.CLOSED and kind != _JSON[1]:
             await self._pass_on(answer)
         else:
             await self._whole(answer, kind, chain, about, lead)
@@ -409,14 +442,14 @@ class Exchange:
         self._first = time.perf_counter()
         filtered = False
         if answer.status == 200:
-            if kind.startswith(b"application/json"):
+            if kind == _JSON[1]:
                 try:
                     usage = request.usage_of(body)
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     raise BackendFailed("The backend's answer is no JSON object.") from None
                 self.usage = usage.counts() if usage is not None else self._guess(len(body))
                 if chain is not None and chain.has_output and about is not None:
-                    changed, findings = await self._filter_answer(chain, about, request.decode(body))
+                    changed, findings = await self._filter_answer(chain, about, _decoded(body))
                     filtered = bool(findings)
                     if changed is not None:
                         body = msgspec.json.encode(changed)
@@ -427,7 +460,16 @@ class Exchange:
             self.usage = (0, 0)
         headers = [*_returned(answer.headers), *self._own_headers(), (b"content-length", b"%d" % len(body))]
         if lead is not None and answer.status == 200 and not filtered:
-            await lead.put(Entry(status=200, headers=[_JSON], body=body, stream=False, usage=self.usage or (0, 0)))
+            await lead.put(
+                Entry(
+                    status=200,
+                    headers=[_JSON],
+                    body=body,
+                    stream=False,
+                    usage=self.usage or (0, 0),
+                    variant=self.variant,
+                )
+            )
         await self._start(answer.status, headers)
         await self._body(body, more=False)
 
@@ -442,6 +484,23 @@ class Exchange:
             raise
         self._found(findings)
         return changed, findings
+
+    async def _transcript(self, answer: Answer, chain: Chain, about: About | None) -> None:
+        """A transcript that is no JSON (a text, subtitles): it is filtered as a whole."""
+        assert about is not None
+        body = await answer.read(MAX_ANSWER)
+        self._first = time.perf_counter()
+        self.usage = self._guess(len(body))
+        try:
+            text = body.decode()
+        except UnicodeDecodeError:
+            raise BackendFailed("The backend's answer is no text.") from None
+        changed, _ = await self._filter_answer(chain, about, {"text": text})
+        if changed is not None:
+            body = changed["text"].encode()
+        headers = [*_returned(answer.headers), *self._own_headers(), (b"content-length", b"%d" % len(body))]
+        await self._start(200, headers)
+        await self._body(body, more=False)
 
     async def _pass_on(self, answer: Answer) -> None:
         """Bytes that the gateway does not look into (sound, files)."""
@@ -520,6 +579,7 @@ class Exchange:
                     body=b"".join(kept),
                     stream=True,
                     usage=self.usage,
+                    variant=self.variant,
                 )
             )
         await self._body(rest, more=False)
@@ -639,24 +699,38 @@ class Exchange:
         if not more:
             # Before the caller can ask again: its next request must find this one's place free.
             self._settle()
-            # The watch would take the end of the answer for the end of the caller.
-            watch, self._watch = self._watch, None
-            if watch is not None:
-                watch.cancel()
-        try:
-            async with asyncio.timeout(self._policy.config.server.client_write_timeout_s):
-                await self._send(message)
-        except TimeoutError:
+            self._unwatch()
+        await self._send(message)
+        wire = self._scope.get(SCOPE_KEY)
+        if wire is not None and wire.too_slow:
             self.code = "client_too_slow"
-            raise ClientGone from None
+            raise ClientGone
+
+    def _unwatch(self) -> None:
+        """The end of the answer is not to be taken for the end of the caller."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.cancel()
+
+    def _relays(self) -> bool:
+        """Whether the answer is one of server-sent events, to which the gateway may add one."""
+        answer = self._answer
+        return answer is not None and answer.status == 200 and self.stream and _media_type(answer.headers) == _EVENTS
 
     async def _fail(self, error: GatewayError) -> None:
-        """Tell the caller, in OpenAI's shape; within a stream as an event."""
+        """Tell the caller, in OpenAI's shape; within a stream as an event, and by a reset within any other answer."""
         self.code = error.code or error.type
         body = error.body()
         try:
-            if self._started:
+            if self._started and self._relays():
                 await self._body(b"data: " + body + b"\n\n", more=False)
+                return
+            if self._started:
+                # Sound, a file, JSON: with an error at its end it would look like a whole one.
+                self._unwatch()
+                wire = self._scope.get(SCOPE_KEY)
+                if wire is not None:
+                    wire.abort()
                 return
             named = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             own = self._own_headers()
@@ -667,11 +741,8 @@ class Exchange:
                 *named,
                 (b"content-length", b"%d" % len(body)),
             ]
-            if error.status == 401:
+            if error.status == 401 and "www-authenticate" not in error.headers:
                 headers.append((b"www-authenticate", b"Bearer"))
-            if error.status in (408, 413):
-                # What is left of the body is not read.
-                headers.append((b"connection", b"close"))
             await self._start(error.status, headers)
             await self._body(body, more=False)
         except ClientGone:
@@ -757,6 +828,10 @@ class Exchange:
         runtime.logs.request(record)
         audit = runtime.audit.config
         if audit.enabled and audit.requests:
+            if caller is None or (caller.id == ANONYMOUS and self.admission is None):
+                # Whoever can reach the port can send these: one record each would fill the disk.
+                runtime.audit.refused(self.code or "client_gone", (self._scope.get("client") or ("",))[0])
+                return
             if self.content is not None and self._sent is not None:
                 record = {
                     **record,
@@ -770,6 +845,19 @@ def _price(route: Route | None, took: int, gave: int) -> int:
     if route is None:
         return 0
     return math.ceil(took * route.price.input + gave * route.price.output)
+
+
+def _media_type(headers: list[Header]) -> bytes:
+    """A content type without its parameters, or nothing."""
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    return kind.partition(b";")[0].strip().lower()
+
+
+def _decoded(answer: bytes) -> dict[str, Any]:
+    try:
+        return request.decode(answer)
+    except InvalidRequest:
+        raise BackendFailed("The backend's answer is no JSON object.") from None
 
 
 def _returned(headers: list[Header]) -> list[Header]:

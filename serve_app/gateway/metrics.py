@@ -214,7 +214,7 @@ class Metrics:
         self._findings[(name, action)].inc()
 
     def filter_error(self, name: str) -> None:
-        """The filter `name` could not decide."""
+        """The filter `name` could not decide (`Runtime.filter_failed` tells)."""
         self._filter_errors[(name,)].inc()
 
     def auth_failure(self, reason: str) -> None:

@@ -234,8 +234,17 @@ class _Loading:
         return None
 
     def key_file(self, name: str) -> None:
+        name, _, digest = name.partition("#sha256=")
         data = self.read(self.path.parent / name)
         if data is None:
+            return
+        if digest and hashlib.sha256(data).hexdigest() != digest:
+            self.problems.say(
+                name,
+                None,
+                "is not the file that the configuration was written with",
+                "Put both in place: they are taken over together.",
+            )
             return
         begin, end = _KEYS_BEGIN.match(data), _KEYS_END.search(data, max(0, len(data) - _MARGIN))
         if begin is not None and end is not None and bool(begin[1]) == bool(end[1]):

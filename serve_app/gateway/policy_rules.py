@@ -4,7 +4,6 @@ refuses a configuration.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -280,23 +279,27 @@ class _Rules:
             self.problems.say(
                 "server.admin_port", server.admin_port, "is server.port too", "Give it a port of its own."
             )
-        for name in ("max_body_bytes", "client_write_timeout_s", "client_read_timeout_s", "reload_interval_s"):
+        seconds = ("client_write_timeout_s", "client_head_timeout_s", "client_read_timeout_s", "reload_interval_s")
+        for name in ("max_body_bytes", *seconds):
             self.positive(f"server.{name}", getattr(server, name))
+        if server.max_buffered_bytes < 8 * server.max_body_bytes:
+            self.problems.say(
+                "server.max_buffered_bytes",
+                server.max_buffered_bytes,
+                "is less than eight times server.max_body_bytes",
+                "Give more, or lower server.max_body_bytes: a body takes four times its bytes, and a caller gets half.",
+            )
         for name in ("drain_s", "drain_delay_s"):
             self.between(f"server.{name}", getattr(server, name), 0, 86400)
-        for number, text in self.problems.numbered("server.trusted_proxies", server.trusted_proxies):
-            try:
-                ipaddress.ip_network(text, strict=False)
-            except ValueError:
-                self.problems.say(
-                    f"server.trusted_proxies[{number}]", text, "is no address or network", "Write it as 10.0.0.0/8."
-                )
 
     def store(self) -> None:
         store = self.config.store
         if store.url:
             self.url("store.url", store.url, {"redis", "rediss", "unix"})
+        if store.cache_url:
+            self.url("store.cache_url", store.cache_url, {"redis", "rediss", "unix"})
         self.variable("store.password_env", store.password_env)
+        self.variable("store.cache_password_env", store.cache_password_env)
         self.positive("store.timeout_ms", store.timeout_ms)
         if not store.prefix or "{" in store.prefix or any(one.isspace() for one in store.prefix):
             self.problems.say("store.prefix", store.prefix, "is empty, or holds a space or brace", "Give a plain word.")
@@ -417,6 +420,10 @@ class _Rules:
                 say(f"{where}.url", None, "holds more than an address", "Give credentials by api_key_env or headers.")
         if backend.api_key_env and backend.api_key_file:
             say(where, None, "has both api_key_env and api_key_file", "Give one of the two.")
+        if backend.api_key_header:
+            self.header(f"{where}.api_key_header", backend.api_key_header)
+            if backend.api_key_header.lower() in _OWN_HEADERS:
+                say(f"{where}.api_key_header", backend.api_key_header, "is set by HTTP itself", "Name another one.")
         self.variable(f"{where}.api_key_env", backend.api_key_env)
         self.file(f"{where}.api_key_file", backend.api_key_file, "the backend's key")
         for name, value in backend.headers.items():

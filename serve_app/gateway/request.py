@@ -6,14 +6,22 @@ import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from email.parser import BytesParser
-from email.policy import HTTP
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import msgspec
 
 from .config import Operation
-from .errors import AuthenticationFailed, GatewayError, InvalidRequest, NotFound, TooLarge
+from .errors import (
+    AuthenticationFailed,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    RateLimited,
+    TooLarge,
+    Unavailable,
+)
+from .logs import redact
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -76,6 +84,8 @@ RETURNED = frozenset(
 )
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:\-]{1,128}")
+#: A key of this gateway's, wherever in a text it begins.
+_OWN_KEY = re.compile(rb"rp-[A-Za-z0-9]{12}-[A-Za-z0-9_-]{8}")
 _SEEN_ONCE = frozenset({b"authorization", b"content-type", b"content-length", b"content-encoding", b"x-request-id"})
 
 
@@ -143,15 +153,91 @@ class Headers:
 
 
 def request_id(headers: Headers) -> str:
-    """The caller's own x-request-id where it is harmless, else a new one."""
+    """The caller's own x-request-id where it is harmless, else a new one.
+
+    It goes into logs, the audit log, traces and to the backend: an id that holds a key or token is not taken.
+    """
     given = headers.known.get(b"x-request-id")
-    if given and _REQUEST_ID.fullmatch(given):
+    if given and _REQUEST_ID.fullmatch(given) and not _OWN_KEY.search(given) and redact(given) == given:
         return given.decode("ascii")
     return "req_" + secrets.token_hex(12)
 
 
-async def read_body(receive: Receive, headers: Headers, max_bytes: int, timeout_s: float) -> bytes:
+class Bodies:
+    """How many bytes the process holds for requests' bodies, counted as they arrive.
+
+    One caller gets half of the room at most, so that nobody shuts the others out.
+
+    Args:
+        limit: `server.max_buffered_bytes`.
+    """
+
+    __slots__ = ("_by_caller", "held", "limit", "share")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.share = limit // 2
+        #: Bytes held now.
+        self.held = 0
+        self._by_caller: dict[str, int] = {}
+
+    def take(self, caller: str, size: int) -> None:
+        """Hold so many bytes more, for the caller with this id.
+
+        Raises:
+            Unavailable: The process holds as much as it may.
+            RateLimited: The caller's requests hold as much as they may.
+            TooLarge: A single body would need more than any caller gets.
+        """
+        own = self._by_caller.get(caller, 0) + size
+        if size > self.share:
+            raise TooLarge("The body would take more memory than a caller's requests may hold.")
+        if self.held + size > self.limit:
+            raise Unavailable("Too many requests' bodies are held at the moment. Please try again.", headers=_AGAIN)
+        if own > self.share:
+            raise RateLimited(
+                "The bodies of your requests under way are too large together. Please try again.", headers=_AGAIN
+            )
+        self.held += size
+        self._by_caller[caller] = own
+
+    def give(self, caller: str, size: int) -> None:
+        """Let go of so many bytes."""
+        self.held -= size
+        left = self._by_caller.get(caller, 0) - size
+        if left > 0:
+            self._by_caller[caller] = left
+        else:
+            self._by_caller.pop(caller, None)
+
+
+_AGAIN: Final = {"retry-after": "1"}
+
+
+#: What a smaller body takes beside itself is not worth counting: the request's own objects take more.
+LIGHT_BYTES = 4096
+
+
+def working_bytes(body: bytes) -> int:
+    """About how many bytes a JSON body takes beside itself until it is answered, never much less than it does: decoded,
+    and in the copies that go on (with the backend's name of the model, with `stream_options`).
+
+    Decoded, texts take up to four times their bytes (one character beyond U+FFFF widens all of a text's), values some
+    more: a body of empty lists takes thirty times its bytes.
+    """
+    if len(body) <= LIGHT_BYTES:
+        return 0
+    values = body.count(b",") + body.count(b"[") + body.count(b"{") * 3
+    return len(body) * (3 if body.isascii() else 6) + values * 64
+
+
+async def read_body(
+    receive: Receive, headers: Headers, max_bytes: int, timeout_s: float, hold: Callable[[int], None]
+) -> bytes:
     """The whole body.
+
+    Args:
+        hold: Called with the bytes of each piece as it comes; it may refuse.
 
     Raises:
         TooLarge: More than `max_bytes`, by its own header or in fact.
@@ -166,10 +252,12 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int, timeout_
         raise TooLarge(f"The body has {declared[:20].decode()} bytes; at most {max_bytes} are taken.")
     message = await _first(receive, timeout_s)
     body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        body = await _rest(receive, body, max_bytes, timeout_s)
     if len(body) > max_bytes:
         raise TooLarge(f"The body has more than {max_bytes} bytes.")
+    if body:
+        hold(len(body))
+    if message.get("more_body"):
+        body = await _rest(receive, body, max_bytes, timeout_s, hold)
     return body
 
 
@@ -186,7 +274,7 @@ async def _first(receive: Receive, timeout_s: float) -> Message:
     return message
 
 
-async def _rest(receive: Receive, first: bytes, max_bytes: int, timeout_s: float) -> bytes:
+async def _rest(receive: Receive, first: bytes, max_bytes: int, timeout_s: float, hold: Callable[[int], None]) -> bytes:
     pieces = [first]
     size = len(first)
     try:
@@ -199,6 +287,7 @@ async def _rest(receive: Receive, first: bytes, max_bytes: int, timeout_s: float
                 size += len(piece)
                 if size > max_bytes:
                     raise TooLarge(f"The body has more than {max_bytes} bytes.")
+                hold(len(piece))
                 pieces.append(piece)
                 if not message.get("more_body"):
                     return b"".join(pieces)
@@ -212,7 +301,11 @@ class ClientGone(Exception):  # noqa: N818 - nothing went wrong here
     """The caller closed the connection; nobody reads an answer."""
 
 
+#: Lists and objects inside one another; the parser of vLLM's own server (jiter) takes 200. What is decoded is copied,
+#: searched and encoded by functions that call themselves.
+MAX_DEPTH = 200
 _DECODER = msgspec.json.Decoder()
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def decode(body: bytes) -> dict[str, Any]:
@@ -223,11 +316,68 @@ def decode(body: bytes) -> dict[str, Any]:
     """
     try:
         decoded = _DECODER.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except RecursionError:
+        raise InvalidRequest(_TOO_DEEP) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequest("We could not parse the JSON body of your request.") from None
     if not isinstance(decoded, dict):
         raise InvalidRequest("The body has to be a JSON object.")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _too_deep(decoded):
+        raise InvalidRequest(_TOO_DEEP)
     return decoded
+
+
+_TOO_DEEP: Final = f"The JSON body of your request is nested more than {MAX_DEPTH} levels deep."
+
+
+def _too_deep(decoded: dict[str, Any]) -> bool:
+    level: list[Any] = [decoded]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+_SPACE = re.compile(rb"[ \t\r\n]*")
+
+
+def one_reading(body: bytes) -> bool:
+    """Whether all readers find the same members in a JSON object: every name once, and spelled without escapes.
+
+    Of a name that is there twice (or once more as `"mod\\u0065l"`) readers choose the first or the last; the body that
+    goes on must be the one that was looked at.
+
+    Args:
+        body: What `decode` took.
+    """
+    members = _MEMBERS.decode(body)
+    size = 1 + max(1, len(members))
+    for name, value in members.items():
+        size += len(name) + 3 + len(value)
+    if size == len(body):
+        # Without any space: there is no room for more.
+        return True
+    if size + 2 * len(members) - 1 == len(body):
+        # Python's own way.
+        pairs = [b'"%s": %s' % (name.encode(), value) for name, value in members.items()]
+        if body == b"{" + b", ".join(pairs) + b"}":
+            return True
+    at = body.find(b"{") + 1
+    for name, value in members.items():
+        for part in (b'"%s"' % name.encode(), b":", value):
+            at = _SPACE.match(body, at).end()  # type: ignore[union-attr]
+            if not body.startswith(part, at):
+                return False
+            at += len(part)
+        at = _SPACE.match(body, at).end()  # type: ignore[union-attr]
+        at += body.startswith(b",", at)
+    return body[at:].strip() == b"}"
 
 
 def model_of(decoded: dict[str, Any]) -> str:
@@ -258,23 +408,152 @@ def flag(decoded: dict[str, Any], name: str) -> bool:
     raise InvalidRequest(f"The parameter {name} has to be true or false.", param=name)
 
 
-def form_model(content_type: bytes, body: bytes) -> str:
-    """The field `model` of a multipart form (audio uploads).
+#: Boundaries that every reader takes for the same (RFC 2046 allows commas and spaces too).
+_BOUNDARY = re.compile(rb"(\"?)([0-9A-Za-z'()+_./:?-]{1,70})\1")
+#: Bytes of the headers of a form's part, and parts of a form.
+_MAX_HEAD = 8 * 1024
+_MAX_PARTS = 1000
+_PARAMETER = re.compile(rb';[ \t]*([A-Za-z0-9!#$%&\'*+.^_`|~-]+)=("(?:[^"\\\r\n]|\\[^\r\n])*"|[^";\s]*)[ \t]*')
+_UNENCODED = frozenset({b"7bit", b"8bit", b"binary"})
+
+
+@dataclass(slots=True)
+class Form:
+    """A multipart form (an audio upload): the model it names, and its other fields that are texts."""
+
+    model: str
+    #: Where each stands in the body, and what it says.
+    fields: list[tuple[int, int, str]]
+    _boundary: bytes
+
+    def replaced(self, body: bytes, texts: list[str]) -> bytes:
+        """The form's body with other texts in its fields, as many as there are.
+
+        Raises:
+            InvalidRequest: A text holds the form's boundary.
+        """
+        pieces: list[bytes] = []
+        at = 0
+        for (begin, end, _), text in zip(self.fields, texts, strict=True):
+            new = text.encode()
+            if self._boundary in new:
+                raise _ambiguous("a field holds its boundary")
+            pieces += (body[at:begin], new)
+            at = end
+        return b"".join([*pieces, body[at:]])
+
+
+def form(content_type: bytes, body: bytes) -> Form:
+    """Read a multipart form.
+
+    Only forms with one reading are taken: one boundary, which stands nowhere but between parts, lines that end in
+    CR LF, and parts whose names are plain (RFC 7578). A backend's reader may be laxer than this one, and would else see
+    other fields.
 
     Raises:
-        InvalidRequest: The form has none, more than one, or is no form.
+        InvalidRequest: The form has no field `model`, more than one, is ambiguous, or is no form.
     """
-    if not content_type.lower().startswith(b"multipart/form-data"):
+    kind, _, parameters = content_type.partition(b";")
+    if kind.strip().lower() != b"multipart/form-data":
         raise InvalidRequest("The body has to be a multipart form.", status=415)
-    parsed = BytesParser(policy=HTTP).parsebytes(b"content-type: " + content_type + b"\r\n\r\n" + body)
-    found = [
-        part.get_payload(decode=True)
-        for part in parsed.iter_parts()
-        if part.get_param("name", header="content-disposition") == "model"
-    ]
-    if len(found) != 1 or not isinstance(found[0], bytes):
+    boundary = _boundary(parameters)
+    models: list[str] = []
+    fields: list[tuple[int, int, str]] = []
+    for begin, empty, end in _parts(boundary, body):
+        name, plain = _part_name(body[begin:empty])
+        if not plain:
+            if name == b"model":
+                raise _ambiguous("the field model is a file or encoded")
+            continue
+        try:
+            text = body[empty + 4 : end].decode()
+        except UnicodeDecodeError:
+            raise _ambiguous("a field is no text in UTF-8") from None
+        if name == b"model":
+            models.append(text.strip())
+        else:
+            fields.append((empty + 4, end, text))
+    if len(models) != 1 or not models[0]:
         raise InvalidRequest("The form has to have one field model.", param="model")
-    return found[0].decode("utf-8", "replace").strip()
+    return Form(models[0], fields, boundary)
+
+
+def _ambiguous(why: str) -> InvalidRequest:
+    return InvalidRequest(f"The multipart form is not well formed: {why}.")
+
+
+def _boundary(parameters: bytes) -> bytes:
+    """The boundary in a content type's parameters."""
+    found = b""
+    for one in parameters.split(b";"):
+        name, equals, value = one.strip().partition(b"=")
+        if name.lower() == b"charset" and equals:
+            continue
+        match = _BOUNDARY.fullmatch(value)
+        if name.lower() != b"boundary" or match is None or found:
+            raise _ambiguous("its content type has to have one plain boundary and nothing else")
+        found = match[2]
+    return found
+
+
+def _parts(boundary: bytes, body: bytes) -> list[tuple[int, int, int]]:
+    """The parts of a form: where each begins, where the empty line behind its headers is, and where it ends."""
+    mark = b"--" + boundary
+    parts: list[tuple[int, int, int]] = []
+    if not body.startswith(mark):
+        raise _ambiguous("it does not begin with its boundary")
+    at = len(mark)
+    while body[at : at + 2] == b"\r\n" and len(parts) < _MAX_PARTS:
+        begin = at + 2
+        at = body.find(mark, begin)
+        empty = body.find(b"\r\n\r\n", begin, min(begin + _MAX_HEAD, at))
+        if at < 0 or empty < 0 or empty + 4 > at - 2 or body[at - 2 : at] != b"\r\n":
+            # A boundary within a line, or after a bare line feed, is one to lax readers only.
+            raise _ambiguous("a part has no end, or a boundary in it")
+        parts.append((begin, empty, at - 2))
+        at += len(mark)
+    if body[at:] not in (b"--", b"--\r\n"):
+        raise _ambiguous("a boundary is followed by something else, or the last one is missing")
+    return parts
+
+
+def _part_name(head: bytes) -> tuple[bytes, bool]:
+    """The name of a form's part, and whether it is a plain field: no file, not encoded."""
+    name = b""
+    plain = True
+    lines = head.split(b"\r\n")
+    if any(bad in one for one in lines for bad in (b"\r", b"\n", b"\0")):
+        raise _ambiguous("lines have to end in CR LF")
+    for one in lines:
+        title, colon, value = one.partition(b":")
+        title = title.lower()
+        if not colon or title != title.strip():
+            raise _ambiguous("a part has a header that is none")
+        if title == b"content-transfer-encoding":
+            plain = plain and value.strip().lower() in _UNENCODED
+        if title != b"content-disposition":
+            continue
+        kind, _, rest = value.strip().partition(b";")
+        given = [(match[1].lower(), match[2]) for match in _PARAMETER.finditer(b";" + rest)]
+        names = [text.strip(b'"') for key, text in given if key == b"name"]
+        if (
+            name
+            or kind.strip().lower() != b"form-data"
+            or _PARAMETER.sub(b"", b";" + rest)
+            or len(names) != 1
+            or not names[0]
+            or b"\\" in names[0]
+            or any(key.startswith(b"name*") for key, _ in given)
+        ):
+            raise _ambiguous("a part has no plain name")
+        name = names[0]
+        if any(b"name=" in text.lower() for _, text in given):
+            # Readers that search instead of reading would take it for the name.
+            raise _ambiguous("a part is named like a parameter")
+        plain = plain and not any(key.startswith(b"filename") for key, _ in given)
+    if not name:
+        raise _ambiguous("a part has no plain name")
+    return name, plain
 
 
 #: Bytes of JSON a token stands for, on average, in English prose with its quotes and names: the first estimate only.
@@ -305,19 +584,59 @@ def _text_bytes(decoded: dict[str, Any]) -> int:
     return size
 
 
+#: The names that bound an operation's answer: other operations' names bound nothing, whatever they say.
+BOUNDS: Final[dict[str, tuple[str, ...]]] = {
+    "chat": ("max_tokens", "max_completion_tokens"),
+    "completions": ("max_tokens",),
+    "responses": ("max_output_tokens",),
+}
+
+
+def number(value: object) -> int:
+    """A count as engines read it, to whom 4, 4.0 and "4" are the same; what is none, or negative, is 0."""
+    if isinstance(value, str):
+        value = int(value) if len(value) < 20 and value.isascii() and value.isdigit() else 0
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else 0
+    return min(max(0, value), 1 << 53) if isinstance(value, int) else 0
+
+
+def answers(operation: str, decoded: dict[str, Any]) -> tuple[int, str]:
+    """How many answers a request asks for, each with a bound of its own, and the parameter that says so (the one that
+    multiplies most; empty where there is one answer only).
+
+    It is max(n, best_of) for every prompt: `best_of` candidates are generated whatever number is returned.
+    """
+    if operation not in ("chat", "completions"):
+        return 1, ""
+    choices, name = max((number(decoded.get(one)), one) for one in ("n", "best_of"))
+    prompts = 1 if operation == "chat" else _prompts(decoded)
+    if prompts > max(1, choices):
+        name = "prompt"
+    choices = max(1, choices)
+    return choices * prompts, name if choices * prompts > 1 else ""
+
+
+def _prompts(decoded: dict[str, Any]) -> int:
+    """Prompts of a completion: a text, tokens, or a list of these; in vLLM embeddings beside them."""
+    count = 0
+    for name in ("prompt", "prompt_embeds"):
+        value = decoded.get(name)
+        if isinstance(value, list) and value and not isinstance(value[0], int):
+            count += len(value)
+        elif value:
+            count += 1
+    return max(1, count)
+
+
 def output_tokens(operation: Operation, decoded: dict[str, Any], assumed: int) -> int:
-    """How many tokens an answer may have at most, or probably has where the request states no maximum."""
+    """How many tokens an answer may have at most, or probably has where the request states no maximum: the largest
+    bound stated (to some engines 0 is none), for each answer that is asked for.
+    """
     if operation in ("embeddings", "rerank", "score", "models", "files", "tokenize"):
         return 0
-    limit = None
-    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        value = decoded.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            limit = value
-            break
-    count = decoded.get("n")
-    many = count if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= 1024 else 1
-    return (assumed if limit is None else limit) * many
+    limit = max((number(decoded.get(name)) for name in BOUNDS.get(operation, ())), default=0)
+    return (limit or assumed) * answers(operation, decoded)[0]
 
 
 STREAM_OPTIONS = {"include_usage": True}

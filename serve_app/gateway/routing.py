@@ -86,7 +86,7 @@ class _Target:
 class _Table:
     """A route, ready for choices."""
 
-    __slots__ = ("canary", "groups", "percent", "pools", "route", "shadow", "targets")
+    __slots__ = ("canary", "groups", "ignored", "percent", "pools", "route", "shadow", "targets")
 
     def __init__(self, route: Route, pools: Mapping[str, Pool]) -> None:
         self.route = route
@@ -95,6 +95,8 @@ class _Table:
         self.groups = [[one for one in self.targets if one.priority == number] for number in priorities]
         self.canary = pools[route.canary.backend] if route.canary else None
         self.percent = route.canary.percent if route.canary else 0.0
+        #: Weights were set that leave no backend anything.
+        self.ignored = False
         self.shadow = pools[route.shadow.backend] if route.shadow else None
         self.pools = {one.pool.name: one.pool for one in self.targets}
         for further in (self.canary, self.shadow):
@@ -102,14 +104,19 @@ class _Table:
                 self.pools[further.name] = further
 
     def set_weights(self, weights: Mapping[str, int]) -> None:
-        """Weights other than the configured ones; for the canary's backend it is its percentage."""
-        names = {one.pool.name for one in self.targets}
-        for one in self.targets:
-            one.weight = max(0, weights.get(one.pool.name, one.configured))
+        """Weights other than the configured ones. Those that leave no backend anything, because the one that had all
+        is no longer the route's, are passed over.
+        """
+        wanted = [max(0, weights.get(one.pool.name, one.configured)) for one in self.targets]
+        self.ignored = bool(weights) and not any(wanted)
+        for one, weight in zip(self.targets, wanted, strict=True):
+            one.weight = one.configured if self.ignored else weight
+
+    def set_percent(self, percent: float | None) -> None:
+        """The canary's percentage; None: the configured one."""
         canary = self.route.canary
         if canary is not None:
-            share = canary.percent if canary.backend in names else weights.get(canary.backend, canary.percent)
-            self.percent = min(100.0, max(0.0, float(share)))
+            self.percent = min(100.0, max(0.0, canary.percent if percent is None else percent))
 
 
 class Router:
@@ -117,7 +124,8 @@ class Router:
 
     Args:
         metrics: Counts attempts, retries, health.
-        notice: Told of backends that come and go: a sentence, then `backend` and `reason` by name.
+        notice: Told of backends that come and go, and of weights that are passed over: a sentence, then by name what it
+            is about (`backend` or `model`) and the `reason`.
     """
 
     def __init__(self, metrics: Metrics, notice: Callable[..., None] | None = None) -> None:
@@ -126,6 +134,9 @@ class Router:
         self._pools: dict[str, Pool] = {}
         self._tables: dict[str, _Table] = {}
         self._overrides: Mapping[str, Mapping[str, int]] = {}
+        self._percents: Mapping[str, float] = {}
+        #: Routes whose weights were set so that no backend would get anything: the configured ones hold.
+        self.ignored: frozenset[str] = frozenset()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._checks: aiohttp.ClientSession | None = None
         self._retired: set[Pool] = set()
@@ -168,7 +179,7 @@ class Router:
             self._told[name] = usable
             if before != usable and self._notice is not None:
                 pool = self._pools.get(name)
-                reason = pool.health.reason if pool is not None else ""
+                reason = "" if usable or pool is None else pool.health.reason or "its requests failed"
                 self._notice("a backend is back" if usable else "a backend is out", backend=name, reason=reason)
 
         def ejected(_: float) -> None:
@@ -212,21 +223,23 @@ class Router:
 
     async def close(self) -> None:
         """End checks and copies, and close every connection; what is still under way fails."""
+        # Those whose closing has not begun yet are closed here: it is cancelled with the other tasks.
+        pools = [*self._pools.values(), *self._retired]
         tasks = [*self._watches.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._watches.clear()
-        for pool in [*self._pools.values(), *self._retired]:
+        for pool in pools:
             await pool.close()
         if self._checks is not None:
             await self._checks.close()
             self._checks = None
 
     def ready(self) -> bool:
-        """Whether a backend of some route is known to work."""
+        """Whether a backend of some route is known to work, one that gets traffic."""
         return any(
-            target.pool.health.known and target.pool.health.up
+            target.weight > 0 and target.pool.health.known and target.pool.health.up
             for table in self._tables.values()
             for target in table.targets
         )
@@ -236,15 +249,29 @@ class Router:
     def set_weights(self, overrides: Mapping[str, Mapping[str, int]]) -> None:
         """Replace all weights that are not the configured ones: by route, by backend.
 
-        The name of a canary's backend stands for its percentage. Routes and backends that are not there (or not yet)
-        are passed over.
+        Routes and backends that are not there (or not yet) are passed over, and so are all weights of a route if they
+        leave none of its backends anything.
         """
         self._overrides = overrides
+        self._apply()
+
+    def set_canaries(self, percents: Mapping[str, float]) -> None:
+        """Replace all percentages of canaries that are not the configured ones, by route."""
+        self._percents = percents
         self._apply()
 
     def _apply(self) -> None:
         for name, table in self._tables.items():
             table.set_weights(self._overrides.get(name, {}))
+            table.set_percent(self._percents.get(name))
+        before, self.ignored = self.ignored, frozenset(name for name, table in self._tables.items() if table.ignored)
+        if self._notice is not None:
+            for name in sorted(self.ignored - before):
+                self._notice(
+                    "weights are passed over, the configured ones hold",
+                    model=name,
+                    reason="they leave no backend of the route anything",
+                )
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Routes and their backends as they are now, for the admin API."""
@@ -255,7 +282,7 @@ class Router:
             entry: dict[str, Any] = {
                 "model": name,
                 "aliases": route.aliases,
-                "overridden": bool(self._overrides.get(name)),
+                "overridden": bool(self._overrides.get(name)) and not table.ignored,
                 "backends": [
                     {
                         **_state(target.pool, now),
@@ -282,6 +309,13 @@ class Router:
         return routes
 
     # --- calls
+
+    def on_canary(self, call: Call) -> bool:
+        """Whether a call belongs to the canary, by its header or by its caller's place in the percentage. Another
+        backend may answer it all the same, while the canary is out.
+        """
+        table = self._tables.get(call.route_id)
+        return table is not None and table.canary is not None and _on_canary(table, call)
 
     async def open(self, call: Call) -> Answer:
         """Find a backend that answers.

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from . import __version__
 from .config import Tracing as Settings
+from .logs import redact
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -120,7 +121,8 @@ class Tracing:
             f"{method} {_route(path)}",
             context,
             self._trace.SpanKind.SERVER,
-            attributes={"http.request.method": method, "url.path": path},
+            # Whoever takes a key for a model's name finds it in no trace.
+            attributes={"http.request.method": method, "url.path": redact(path.encode(errors="replace")).decode()},
         )
         return Trace(self, span)
 

@@ -138,7 +138,9 @@ class Pool:
                 if self._fixed:
                     return
         fixed = {"accept-encoding": "identity", **{name.lower(): value for name, value in backend.headers.items()}}
-        if key:
+        if key and backend.api_key_header:
+            fixed[backend.api_key_header.lower()] = key
+        elif key:
             fixed["authorization"] = f"Bearer {key}"
         self._fixed = list(fixed.items())
         self._own = frozenset(fixed)

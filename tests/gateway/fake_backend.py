@@ -982,15 +982,29 @@ class Connection(asyncio.Protocol):
     async def transcription(self, request: Request) -> None:
         if not request.header("content-type").startswith("multipart/form-data") or b"filename=" not in request.body:
             raise BadRequestError(400, "[{'type': 'missing', 'loc': ('body', 'file'), 'msg': 'Field required'}]")
-        await self.whole(
-            request, {"text": f"{len(request.body)} bytes of sound", "usage": {"type": "duration", "seconds": 1}}, 0
-        )
+        text = request.knobs.text or f"{len(request.body)} bytes of sound"
+        if b'name="stream"\r\n\r\ntrue' in request.body:
+            events = [{"type": "transcript.text.delta", "delta": one} for one in re.findall(r"\s*\S+", text)]
+            done = [*events, {"type": "transcript.text.done", "text": text}]
+            body = b"".join(b"data: " + encode(one) + b"\n\n" for one in done)
+            self.respond(200, body, "text/event-stream", knobs=request.knobs)
+            return
+        if b'name="response_format"\r\n\r\ntext' in request.body:
+            self.respond(200, text.encode(), "text/plain; charset=utf-8", knobs=request.knobs)
+            return
+        await self.whole(request, {"text": text, "usage": {"type": "duration", "seconds": 1}}, 0)
 
     async def speech(self, request: Request) -> None:
         self.body(request)
         self.respond(200, b"RIFF" + bytes(range(256)) * 16, "audio/wav", knobs=request.knobs)
 
     async def files(self, request: Request) -> None:
+        if request.path.endswith("/content"):
+            self.respond(200, b'{"custom_id":"1"}\n{"custom_id":"2"}\n', "application/jsonl", knobs=request.knobs)
+            return
+        if request.method == "DELETE":
+            await self.whole(request, {"id": request.path.rpartition("/")[2], "object": "file", "deleted": True}, 0)
+            return
         card = {
             "id": "file-1",
             "object": "file",

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from serve_app.gateway import audit_cli, audit_format, audit_verify
+from serve_app.gateway import audit, audit_cli, audit_format, audit_verify
 from serve_app.gateway.audit import AuditFailed, AuditLog
 from serve_app.gateway.config import Audit
 
@@ -156,6 +156,41 @@ def test_heads_are_told_in_the_event_loop(place: Place) -> None:
     assert [head["seq"] for head in told] == [1, 2, 3]
     assert told[-1] == last
     assert place.verify(audit_format.Head(**told[1])).findings == []
+
+
+def test_requests_of_nobody_take_a_record_for_all(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "REFUSED_EVERY_S", 0.3)
+    log = place.log()
+    log.open()
+    for number in range(5000):
+        log.refused("invalid_api_key", f"10.0.0.{number % 7}")
+        log.refused("unknown_url", "")
+    deadline = time.monotonic() + 10
+    while sum(record.kind == "refused" for record in place.records()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    log.refused("unknown_url", "10.0.0.1")
+    log.shut()
+    found = [record.content() for record in place.records() if record.kind == "refused"]
+    assert [(one["error"], one["count"], one["addresses"]) for one in found] == [
+        ("invalid_api_key", 5000, 7),
+        ("unknown_url", 5000, 0),
+        ("unknown_url", 1, 1),
+    ]
+    assert all(one["since"].endswith("Z") for one in found)
+    assert place.verify().findings == []
+    log.refused("unknown_url", "10.0.0.1")
+
+
+def test_addresses_are_told_apart_up_to_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "_MOST_ADDRESSES", 10)
+    log = place.log()
+    log.open()
+    for number in range(50):
+        log.refused("invalid_api_key", str(number))
+    log.shut()
+    (record,) = [record.content() for record in place.records() if record.kind == "refused"]
+    assert (record["count"], record["addresses"]) == (50, 10)
 
 
 def test_a_log_that_is_not_enabled_takes_everything_and_writes_nothing(place: Place) -> None:

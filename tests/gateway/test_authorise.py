@@ -148,6 +148,18 @@ def test_parameters_that_alone_are_allowed() -> None:
         ("chat", {"max_output_tokens": 500}, {"max_output_tokens": 100, "max_tokens": 100}),
         ("completions", {}, {"max_tokens": 100}),
         ("completions", {"max_completion_tokens": 5}, {"max_tokens": 100}),
+        ("completions", {"max_completion_tokens": 0}, {"max_tokens": 100}),
+        # Engines that read `max_completion_tokens or max_tokens` find none here.
+        ("chat", {"max_completion_tokens": 0}, {"max_tokens": 100}),
+        # What is not stated is divided.
+        ("chat", {"n": 4}, {"max_tokens": 25}),
+        ("chat", {"n": 3, "best_of": 2}, {"max_tokens": 33}),
+        ("completions", {"n": 2, "prompt": ["a", "b", "c"]}, {"max_tokens": 16}),
+        ("completions", {"prompt": [[1, 2], [3]], "best_of": 2}, {"max_tokens": 25}),
+        ("completions", {"prompt": [1, 2, 3]}, {"max_tokens": 100}),
+        ("chat", {"n": 4, "max_tokens": 25}, None),
+        ("chat", {"n": 100}, {"max_tokens": 1}),
+        ("responses", {"n": 1000}, {"max_output_tokens": 100}),
         ("responses", {}, {"max_output_tokens": 100}),
         ("responses", {"max_output_tokens": 1000}, {"max_output_tokens": 100}),
         ("embeddings", {}, None),
@@ -156,6 +168,55 @@ def test_parameters_that_alone_are_allowed() -> None:
 )
 def test_bounds_on_tokens(operation: str, body: dict[str, Any], changes: dict[str, Any] | None) -> None:
     assert ask(caller(max_tokens=100), body, operation) == changes
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("operation", "body", "param"),
+    [
+        ("chat", {"n": 4, "max_tokens": 26}, "n"),
+        ("chat", {"n": 2, "max_completion_tokens": 1000}, "n"),
+        ("chat", {"n": 101}, "n"),
+        ("chat", {"best_of": 101}, "best_of"),
+        ("completions", {"n": 1, "best_of": 20, "max_tokens": 10}, "best_of"),
+        ("completions", {"prompt": ["x"] * 11, "max_tokens": 10}, "prompt"),
+        ("completions", {"prompt": ["x"] * 5, "n": 5, "max_tokens": 5}, "n"),
+        ("completions", {"prompt": [[1]] * 101}, "prompt"),
+    ],
+)
+def test_the_bound_is_for_all_answers_together(operation: str, body: dict[str, Any], param: str, strict: bool) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ask(caller(max_tokens=100, strict_max_tokens=strict), body, operation)
+    assert caught.value.status == 400
+    if not (strict and max(body.get("max_tokens", 0), body.get("max_completion_tokens", 0)) > 100):
+        assert (caught.value.param, caught.value.code) == (param, "max_tokens_too_high")
+        assert "100 tokens for all answers" in caught.value.message
+    assert ask(caller(), body, operation) is None
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, True, [4], -1])
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_a_number_of_answers_that_an_engine_might_read_otherwise_is_refused(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ask(caller(max_tokens=100), {name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"chat_template": "{{ 'x' }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "x", "enable_thinking": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_a_template_of_ones_own_has_to_be_allowed(body: dict[str, Any], param: str) -> None:
+    for who in (caller(), caller(max_tokens=5), caller(allowed_parameters=[param])):
+        with pytest.raises(PermissionDenied) as caught:
+            ask(who, body)
+        assert (caught.value.param, caught.value.code) == (param, "parameter_not_allowed")
+    assert ask(caller(chat_template=True), body) is None
+    harmless = {"chat_template": None, "chat_template_kwargs": {"enable_thinking": False}}
+    assert ask(caller(), harmless) is None
 
 
 def test_the_smaller_bound_of_role_and_key_counts() -> None:
@@ -192,8 +253,14 @@ def test_bodies_that_are_not_json_are_not_looked_into() -> None:
 @given(
     st.sampled_from(["chat", "completions", "responses"]),
     st.dictionaries(
-        st.sampled_from(["max_tokens", "max_completion_tokens", "max_output_tokens", "n"]),
-        st.none() | st.integers() | st.floats() | st.booleans() | st.text(max_size=3),
+        st.sampled_from(["max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of", "prompt"]),
+        st.none()
+        | st.integers()
+        | st.integers(0, 5)
+        | st.floats()
+        | st.booleans()
+        | st.text(max_size=3)
+        | st.lists(st.text(max_size=1), max_size=9),
     ),
     st.integers(1, 10_000),
     st.none() | st.integers(1, 10_000),
@@ -213,4 +280,8 @@ def test_no_request_passes_with_more_than_the_bound(
     stated = [sent[name] for name in bounds if sent.get(name) is not None]
     assert stated and all(type(one) is int and 0 <= one <= most for one in stated)
     names = {"chat": {"max_tokens", "max_completion_tokens"}, "completions": {"max_tokens"}}
-    assert any(sent.get(name) is not None for name in names.get(operation, {"max_output_tokens"}))
+    binding = [sent[name] for name in names.get(operation, {"max_output_tokens"}) if sent.get(name) is not None]
+    assert binding
+    prompts = len(sent["prompt"]) if operation == "completions" and isinstance(sent.get("prompt"), list) else 1
+    many = max(1, sent.get("n") or 0, sent.get("best_of") or 0) if operation != "responses" else 1
+    assert max(binding) * many * max(1, prompts) <= most

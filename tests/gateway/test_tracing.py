@@ -249,6 +249,17 @@ def test_a_callers_text_names_no_span(collector: Collector, path: str) -> None:
     assert attributes(collector.named("GET /v1/files/{id}"))["url.path"] == path
 
 
+def test_a_key_in_a_path_is_in_no_trace(collector: Collector) -> None:
+    key = "rp-Xy12Ab34Cd56-" + "s" * 43
+    tracing = tracer(collector)
+    trace = tracing.begin("GET", f"/v1/models/{key}", {})
+    assert trace is not None
+    trace.end(RECORD)
+    tracing.close()
+    (span,) = collector.spans
+    assert attributes(span)["url.path"] == "/v1/models/rp-Xy12Ab34Cd56-[redacted]"
+
+
 def test_a_request_that_reached_no_backend_has_no_span_of_one(collector: Collector) -> None:
     made = tracer(collector)
     trace = begun(made)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,7 @@ class Filter:
     """What text filters and remote filters share.
 
     Attributes:
+        reads: Requests whose prompts are no text, but numbers of tokens, are refused before they come here.
         joins: The texts of one message are looked at as one. Only for filters that change nothing.
         roles: The roles of the messages that are looked at in requests; None: all.
     """
@@ -109,6 +110,7 @@ class Filter:
         self.inputs = "input" in settings.on
         self.outputs = "output" in settings.on
         self.hold_back = settings.hold_back
+        self.reads = settings.action != "flag" and settings.unreadable_prompts == "refuse"
         if settings.hold_back < 1:
             raise FilterError([f"hold_back is {settings.hold_back}: give at least 1 character"])
 
@@ -130,8 +132,20 @@ class Verdict:
     reason: str = ""
 
 
+def _untold(reason: str) -> None:
+    """Nobody wants to know."""
+
+
 class RemoteFilter(Filter, ABC):
-    """A filter that asks somebody else."""
+    """A filter that asks somebody else.
+
+    Attributes:
+        on_error: Told why a question found no answer, whatever that means for the request.
+    """
+
+    def __init__(self, name: str, settings: config.Filter) -> None:
+        super().__init__(name, settings)
+        self.on_error: Callable[[str], None] = _untold
 
     @abstractmethod
     async def judge(self, phase: Phase, operation: str, texts: Sequence[str], before: str, about: About) -> Verdict:

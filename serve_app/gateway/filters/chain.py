@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import config
+from ..errors import InvalidRequest
 from . import texts
 from .base import About, Blocked, FilterError, Finding, Phase, RemoteFilter, Stage, TextFilter, make
 from .scan import BLOCK
@@ -52,6 +53,7 @@ class Chain:
         self._filters = tuple(filters)
         self._inputs = tuple(one for one in filters if one.inputs)
         self._outputs = tuple(one for one in filters if one.outputs)
+        self._reader = next((one.name for one in self._inputs if one.reads), "")
         self.has_input = bool(self._inputs)
         self.has_output = bool(self._outputs)
 
@@ -77,8 +79,17 @@ class Chain:
 
         Raises:
             Blocked: A filter blocks it.
+            InvalidRequest: A prompt is no text, and a filter has to look at all there is.
             Unavailable: A filter that has to be asked does not answer.
         """
+        if self._reader:
+            name = texts.unreadable(body)
+            if name:
+                raise InvalidRequest(
+                    f"The content filter {self._reader!r} cannot look into tokens: send `{name}` as text.",
+                    param=name,
+                    code="content_filter",
+                )
         return await self._run("input", operation, body, about)
 
     async def answer(
@@ -86,10 +97,8 @@ class Chain:
     ) -> tuple[dict[str, Any] | None, list[Finding]]:
         """Look at an answer that was not streamed: every choice, its reasoning, its calls' arguments. As `request`."""
         changed, findings = await self._run("output", operation, body, about)
-        if changed is not None and isinstance(changed.get("choices"), list):
-            for choice in changed["choices"]:
-                if isinstance(choice, dict):
-                    texts.drop_tokens(choice)
+        if changed is not None:
+            texts.drop_repetitions(changed)
         return changed, findings
 
     def stream(self, operation: str, about: About) -> StreamFilter:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_CONTENT = ("text", "refusal", "transcript")
+_CONTENT = ("text", "refusal", "transcript", "thinking")
 #: Fields of a chat message, apart from its content.
-MESSAGE_FIELDS = ("reasoning_content", "reasoning", "refusal")
+MESSAGE_FIELDS = ("reasoning_content", "reasoning", "refusal", "name")
+#: Names that are no texts: identifiers.
+_PLAIN = re.compile(r"[A-Za-z_$]{0,64}")
+#: Values that are no texts: JSON Schema's and the API's own words.
+_WORDS = frozenset(
+    {"", "array", "boolean", "custom", "function", "grammar", "integer", "null", "number", "object", "string", "text"}
+)
 
 
 @dataclass(slots=True)
@@ -118,6 +125,48 @@ def _any(holder: Any, at: Any, group: int) -> Iterator[Slot]:
             yield from _any(value, index, group)
 
 
+@dataclass(slots=True)
+class _Name(Slot):
+    """The name of a member, which is a text where the whole object is printed."""
+
+    @property
+    def text(self) -> str:
+        name: str = self.at
+        return name
+
+    def put(self, text: str) -> None:
+        members = list(self.holder.items())
+        self.holder.clear()
+        self.holder.update((text if name == self.at else name, value) for name, value in members)
+
+
+def _printed(holder: Any, at: Any, group: int) -> Iterator[Slot]:
+    """Every text of a document that is printed with its names: what describes tools, what templates are told."""
+    value = holder[at]
+    if isinstance(value, str):
+        if value not in _WORDS:
+            yield from _field(holder, at, "", group)
+    elif isinstance(value, dict):
+        for name in value:
+            yield from _printed(value, name, group)
+        # After what they stand for: a name that is replaced leads nowhere any more.
+        for name in value:
+            if not _PLAIN.fullmatch(name):
+                yield _Name(value, name, "", group)
+    elif isinstance(value, list):
+        for index in range(len(value)):
+            yield from _printed(value, index, group)
+
+
+def unreadable(body: dict[str, Any]) -> str:
+    """The parameter of a request that gives its prompt as tokens or as embeddings; empty: none does."""
+    for name in ("prompt", "input"):
+        value = body.get(name)
+        if isinstance(value, list) and any(isinstance(one, (int, float, list)) for one in value):
+            return name
+    return "prompt_embeds" if body.get("prompt_embeds") else ""
+
+
 def of_request(body: dict[str, Any]) -> list[Slot]:
     """The texts of a request of any operation, in a fixed order.
 
@@ -163,6 +212,14 @@ def of_request(body: dict[str, Any]) -> list[Slot]:
     group += 1
     if isinstance(body.get("instructions"), str):
         slots += _field(body, "instructions", "system", group)
+    for name in ("tools", "functions"):
+        value = body.get(name)
+        for index in range(len(value) if isinstance(value, list) else 0):
+            group += 1
+            slots += _printed(value, index, group)
+    if "chat_template_kwargs" in body:
+        group += 1
+        slots += _printed(body, "chat_template_kwargs", group)
     prediction = body.get("prediction")
     if isinstance(prediction, dict):
         slots += _content(prediction, "content", "assistant", group + 1)
@@ -213,6 +270,24 @@ def of_event(event: dict[str, Any]) -> list[Slot]:
     if isinstance(response, dict):
         found += of_answer(response)
     return found
+
+
+def drop_repetitions(answer: dict[str, Any]) -> None:
+    """Take out of an answer what says its texts once more, in other pieces: a text was changed."""
+    for name in ("choices", "segments", "output"):
+        parts = answer.get(name)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                drop_tokens(part)
+                part.pop("tokens", None)
+                content = part.get("content")
+                for one in content if isinstance(content, list) else ():
+                    if isinstance(one, dict) and one.get("logprobs"):
+                        one["logprobs"] = []
+    if isinstance(answer.get("text"), str):
+        # A transcript.
+        answer.pop("words", None)
+        answer.pop("logprobs", None)
 
 
 def drop_tokens(choice: dict[str, Any]) -> None:

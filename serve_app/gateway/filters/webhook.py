@@ -106,6 +106,7 @@ class Webhook(RemoteFilter):
                 raise ValueError("it answers another number of texts")
         except (OSError, TimeoutError, ValueError) as error:
             self.failures += 1
+            self.on_error(str(error) or type(error).__name__)
             if self._allow:
                 return Verdict("allow", reason="no answer")
             raise Unavailable(
