@@ -67,7 +67,7 @@ GROUP_ROLES = {"local_platform": "embedded"}
 #: Facts that roles hand to each other, under their own prefix.
 FACTS = (
     *("eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
-    *("network_intra_subnet_ids", "network_security_group_id", "network_vpc_id"),
+    *("network_flow_log_pending", "network_intra_subnet_ids", "network_security_group_id", "network_vpc_id"),
 )
 
 
@@ -209,6 +209,7 @@ class _Cluster:
                 _text(values.get("platform_aws_profile")),
                 _text(values.get("platform_region")),
                 _text(values.get("platform_aws_endpoint_url")),
+                _text(values.get("platform_cluster_name")),
             )
         if platform not in PLATFORMS:
             return

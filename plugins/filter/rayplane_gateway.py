@@ -7,8 +7,14 @@ Facts behind it:
 
 * The gateway reads its configuration anew while it runs, except the sections that are bound at its start. So a pod is
   replaced for these, for its image and for its environment only: ``rayplane.io/started-with`` on the pods changes then.
-* A ConfigMap holds at most 1 MiB, and a volume of it is swapped as a whole: configuration and keys never disagree.
+* A ConfigMap holds at most 1 MiB, about 5,000 keys. More are spread over further ones, each key by its id, so that a
+  change of one moves no other. A volume shows several ConfigMaps as they come, one after the other: so the
+  configuration names the content of each file, and the gateway takes all of it over or nothing.
 * A key is stored as a hash. Of 256 random bits nothing can be guessed from it, so it may lie in a repository.
+* Redis never drops what limits stand on: it refuses when it is full. Cached answers have a Redis beside it that drops
+  those used longest ago.
+* A volume that one node alone can mount cannot be shared by pods. So with such a volume for the audit log the pods are
+  a StatefulSet's: each has a volume of its own, and finds it again under its name.
 """
 
 from __future__ import annotations
@@ -17,9 +23,12 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ansible.errors import AnsibleFilterError
 
@@ -29,6 +38,7 @@ PUBLIC_PORT = 8080
 ADMIN_PORT = 9090
 SERVICE_PORT = 8000
 REDIS_PORT = 6379
+CACHE_PORT = 6380
 #: The user that an image of the gateway or of Redis runs as where the cluster does not choose one.
 USER = 65532
 CONFIG_FOLDER = "/etc/rayplane/gateway"
@@ -45,6 +55,13 @@ _AT_START = ("server", "store", "audit", "logging", "tracing")
 _PASSED_ON = ("cache", "filters", "tenants", "logging", "tracing", "open_operations")
 #: What a ConfigMap takes, less the room for its own fields.
 _LARGEST_CONFIG = 1_000_000
+#: ConfigMaps of keys alone that a pod looks for. They need not be there, so a pod that runs finds what comes later.
+_MOST_KEY_MAPS = 32
+#: What an audit log without a volume of its own may fill of its node's disk; the pod that holds more is replaced.
+_AUDIT_WITHOUT_VOLUME = "2Gi"
+#: Headers that carry a credential, and how a backend's are given without writing them down.
+_SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key")
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 _STARTED_WITH = "rayplane.io/started-with"
 
 
@@ -122,7 +139,66 @@ def gateway_problems(settings: Mapping[str, Any]) -> list[str]:
                 seen[value] = variable
             if key.get("id") == OPERATOR:
                 problems.append(f"{variable}: the id {OPERATOR} is taken by the playbooks' own key; choose another")
-    return problems
+    return [*problems, *_written_down(settings)]
+
+
+def _written_down(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Secrets that would lie in a ConfigMap, where everybody reads them who may look at the namespace. They are named
+    by their place and never shown.
+    """
+    place = "it would lie in a ConfigMap, readable by all who may look at the namespace"
+    backends = {f"gateway_backends.{name}": backend for name, backend in settings["backends"].items()}
+    for where, backend in {**backends, "gateway_backend_defaults": settings["backend_defaults"]}.items():
+        for header in backend.get("headers") or {}:
+            if header.lower() not in _SECRET_HEADERS:
+                continue
+            bearer = header.lower() == "authorization"
+            how = "" if bearer else f" and `api_key_header: {header}`"
+            yield (
+                f"{where}.headers.{header}: {place}; name the key's environment variable in `api_key_env`{how}, and a"
+                " Secret that has it in gateway_env_from_secrets"
+            )
+    for name, one in settings["filters"].items():
+        options = one.get("options") or {}
+        for header in options.get("headers") or {}:
+            if header.lower() in _SECRET_HEADERS:
+                yield (
+                    f"gateway_filters.{name}.options.headers.{header}: {place}; let the service check a signature: name"
+                    " an environment variable in `secret_env`, and a Secret that has it in gateway_env_from_secrets"
+                )
+    named = [
+        ("gateway_redis", settings["redis"], "give it by gateway_redis_password_secret"),
+        ("gateway_store.url", settings["store"].get("url"), "give it by `password_env` and gateway_env_from_secrets"),
+        (
+            "gateway_store.cache_url",
+            settings["store"].get("cache_url"),
+            "give it by `cache_password_env` and gateway_env_from_secrets",
+        ),
+        ("gateway_tracing.endpoint", settings["tracing"].get("endpoint"), "let a collector beside the gateway have it"),
+        *(
+            (f"gateway_issuers[{number}].jwks_url", one.get("jwks_url"), "key sets are public: take it out")
+            for number, one in enumerate(settings["issuers"])
+        ),
+        *(
+            (f"gateway_filters.{name}.options.url", (one.get("options") or {}).get("url"), "use `secret_env` instead")
+            for name, one in settings["filters"].items()
+        ),
+    ]
+    for where, address, cure in named:
+        if isinstance(address, str) and _has_password(address):
+            yield f"{where}: a password stands in the address, and {place}; {cure}"
+
+
+def _has_password(address: str) -> bool:
+    try:
+        return bool(urlsplit(address).password)
+    except ValueError:
+        return False
+
+
+def gateway_secret_environment(env: Mapping[str, Any]) -> list[str]:
+    """The names in ``env`` that speak of a secret. Their values would stand in the pods' specification."""
+    return [name for name, value in env.items() if value and _SECRET_NAME.search(name.upper())]
 
 
 def _served(settings: Mapping[str, Any]) -> tuple[Json, Json]:
@@ -189,9 +265,14 @@ def gateway_config(settings: Mapping[str, Any]) -> Json:
 def _store(settings: Mapping[str, Any]) -> Json:
     place = settings["redis"]
     store: Json = {"prefix": f"rayplane-{settings['namespace']}"}
+    if place and settings["store"].get("on_failure") == "local":
+        # All replicas that there can be have the whole limit together, and not more.
+        _, high = _bounds(settings)
+        store["local_fraction"] = math.floor(10_000 / high) / 10_000
     if place == "in_cluster":
-        store["url"] = f"redis://{settings['name']}-redis.{settings['namespace']}.svc:{REDIS_PORT}/0"
-        store["password_env"] = PASSWORD_VARIABLE
+        server = f"redis://{settings['name']}-redis.{settings['namespace']}.svc"
+        store |= {"url": f"{server}:{REDIS_PORT}/0", "password_env": PASSWORD_VARIABLE}
+        store |= {"cache_url": f"{server}:{CACHE_PORT}/0", "cache_password_env": PASSWORD_VARIABLE}
     elif place:
         store["url"] = place
         if settings["redis_password_secret"]:
@@ -199,13 +280,68 @@ def _store(settings: Mapping[str, Any]) -> Json:
     return {**store, **settings["store"]}
 
 
-def gateway_files(settings: Mapping[str, Any], operator_key: str) -> Json:
+def _bounds(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The least and the most pods."""
+    low = int(settings["replicas"].get("min", 1))
+    return low, max(1, low, int(settings["replicas"].get("max", low)))
+
+
+def gateway_files(settings: Mapping[str, Any], operator_key: str) -> dict[str, str]:
     """The two files that the gateway reads. Stable: the same settings give the same bytes."""
-    config = json.dumps(_plain(gateway_config(settings)), indent=2, sort_keys=True) + "\n"
+    config = _written(gateway_config(settings))
     operator = gateway_key_entry(operator_key, OPERATOR, OPERATOR) | {"client": OPERATOR}
     entries = [operator, *_plain(settings["keys"]), *_plain(settings["issued_keys"])]
-    lines = ",\n".join(json.dumps(entry, sort_keys=True) for entry in entries)
-    return {CONFIG_FILE: config, KEYS_FILE: f"[\n{lines}\n]\n"}
+    return {CONFIG_FILE: config, KEYS_FILE: _listed([json.dumps(entry, sort_keys=True) for entry in entries])}
+
+
+def _written(config: Json) -> str:
+    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def gateway_config_maps(files: Mapping[str, str]) -> list[dict[str, str]]:
+    """The two files of ``gateway_files`` as ConfigMaps hold them: both in one, or, where that is too small, the
+    configuration in the first and the keys in files of their own, one in each of the others.
+
+    Raises AnsibleFilterError where even that is too little.
+    """
+    if sum(len(text.encode()) for text in files.values()) <= _LARGEST_CONFIG:
+        return [dict(files)]
+    lines = files[KEYS_FILE].split("\n")[1:-2]
+    sizes = [0] * _MOST_KEY_MAPS
+    places = []
+    for line in lines:
+        # By its id: a new key is put beside others, and moves none.
+        place = zlib.crc32(str(json.loads(line.rstrip(","))["id"]).encode()) % _MOST_KEY_MAPS
+        places.append(place)
+        sizes[place] += len(line.encode()) + 2
+    count = 1
+    while count < _MOST_KEY_MAPS and max(sum(sizes[place::count]) for place in range(count)) > _LARGEST_CONFIG:
+        count *= 2
+    if max(sum(sizes[place::count]) for place in range(count)) > _LARGEST_CONFIG:
+        fit = len(lines) * _LARGEST_CONFIG // max(sizes)
+        raise AnsibleFilterError(
+            f"gateway_keys_file: there are {len(lines)} keys, and about {fit} like them fit into {_MOST_KEY_MAPS}"
+            " ConfigMaps; remove those that are revoked or expired, or let callers come with tokens (gateway_issuers)"
+        )
+    shares: list[list[str]] = [[] for _ in range(count)]
+    for line, place in zip(lines, places, strict=True):
+        shares[place % count].append(line.rstrip(","))
+    spread = {f"keys-{place:02}.json": _listed(share) for place, share in enumerate(shares)}
+    config = json.loads(files[CONFIG_FILE])
+    config["key_files"] = [
+        f"{name}#sha256={hashlib.sha256(text.encode()).hexdigest()}" for name, text in spread.items()
+    ]
+    written = _written(config)
+    if len(written.encode()) > _LARGEST_CONFIG:
+        raise AnsibleFilterError(
+            f"gateway_routes: the configuration without keys is {len(written.encode())} bytes, and a ConfigMap takes"
+            f" {_LARGEST_CONFIG}; declare fewer routes, backends, roles or words of filters"
+        )
+    return [{CONFIG_FILE: written}, *({name: text} for name, text in spread.items())]
 
 
 def _plain(value: Any) -> Any:
@@ -214,9 +350,9 @@ def _plain(value: Any) -> Any:
 
 
 def gateway_version(files: Mapping[str, str]) -> str:
-    """The version that the gateway gives a configuration of these two files (``serve_app.gateway.policy``)."""
+    """The version that the gateway gives a configuration of these files (``serve_app.gateway.policy``)."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, KEYS_FILE):
+    for name in (CONFIG_FILE, *(name.partition("#")[0] for name in json.loads(files[CONFIG_FILE])["key_files"])):
         data = files[name].encode()
         digest.update(b"%d:" % len(data))
         digest.update(data)
@@ -225,46 +361,63 @@ def gateway_version(files: Mapping[str, str]) -> str:
 
 def gateway_applied_version(objects: Sequence[Mapping[str, Any]]) -> str:
     """The version of the configuration among the objects; empty where there is none."""
-    for item in objects:
-        if item["kind"] == "ConfigMap" and CONFIG_FILE in item["data"]:
-            return gateway_version(item["data"])
-    return ""
+    files = {
+        name: text for item in objects if item["kind"] == "ConfigMap" for name, text in item.get("data", {}).items()
+    }
+    return gateway_version(files) if CONFIG_FILE in files else ""
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------
 
 
 def gateway_secret_values(settings: Mapping[str, Any]) -> list[Json]:
-    """What k8s_kept_secrets has to find or make: the Secrets that nobody declares a value for."""
-    name = settings["name"]
-    wanted: list[Json] = [{"name": f"{name}-operator", "values": {"key": "api_key"}}]
+    """What k8s_kept_secrets has to find or make: the Secrets that nobody declares a value for. One that is ``given`` by
+    name is found or missed, never made.
+    """
+    wanted = [("operator", {"key": "api_key"})]
     if settings["redis"] == "in_cluster":
-        wanted.append({"name": f"{name}-redis", "values": {"password": "token"}})
+        wanted.append(("redis", {"password": "token"}))
     if settings["audit"].get("enabled"):
-        wanted.append({"name": f"{name}-audit", "values": {"private.pem": "ed25519"}})
-    return wanted
+        wanted.append(("audit", {"private.pem": "ed25519"}))
+    return [
+        {"name": _secret(settings, part), "values": values, "given": bool(settings[_GIVEN_SECRETS[part]])}
+        for part, values in wanted
+    ]
+
+
+#: Variables that name a Secret which somebody else makes (External Secrets, say).
+_GIVEN_SECRETS = {"operator": "operator_secret", "redis": "redis_password_secret", "audit": "audit_secret"}
+
+
+def _secret(settings: Mapping[str, Any], part: str) -> str:
+    """The name of the Secret with a part's secret."""
+    return str(settings[_GIVEN_SECRETS[part]] or f"{settings['name']}-{part}")
 
 
 def gateway_secrets(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str]]) -> list[Json]:
     """The Secrets as objects; ``values`` are those that k8s_kept_secrets found or made, by name of the Secret."""
     objects = []
     for wanted in gateway_secret_values(settings):
-        data = {key: values[wanted["name"]][key] for key in wanted["values"]}
+        name = wanted["name"]
+        found = {key: values[name][key] for key in wanted["values"]}
+        data = {} if wanted["given"] else dict(found)
         if "private.pem" in data:
             data["public.pem"] = _public(data["private.pem"])
-        if "password" in data:
+        if "password" in found:
             # Redis itself gets the hash alone. The gateway manages data, not the server.
-            digest = hashlib.sha256(data["password"].encode()).hexdigest()
+            digest = hashlib.sha256(found["password"].encode()).hexdigest()
             data["users.acl"] = f"user default on #{digest} ~* &* +@all -@admin\n"
-        objects.append(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": wanted["name"], "namespace": settings["namespace"]},
-                "type": "Opaque",
-                "data": {key: base64.b64encode(text.encode()).decode() for key, text in data.items()},
-            }
-        )
+            name = f"{settings['name']}-redis"
+        if data:
+            objects.append(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Secret",
+                    "metadata": {"name": name, "namespace": settings["namespace"]},
+                    "type": "Opaque",
+                    "data": {key: base64.b64encode(text.encode()).decode() for key, text in data.items()},
+                }
+            )
     return objects
 
 
@@ -283,17 +436,16 @@ def gateway_objects(settings: Mapping[str, Any], values: Mapping[str, Mapping[st
     ``settings`` are the role's variables without their prefix (``vars/main.yml`` lists them).
     """
     name = settings["name"]
-    files = gateway_files(settings, values[f"{name}-operator"]["key"])
-    size = sum(len(text.encode()) for text in files.values())
-    if size > _LARGEST_CONFIG:
-        raise AnsibleFilterError(
-            f"the gateway's configuration and keys are {size} bytes, and a ConfigMap takes {_LARGEST_CONFIG}: remove"
-            " disabled and expired keys, or let callers come with tokens (gateway_issuers)"
-        )
+    files = gateway_files(settings, values[_secret(settings, "operator")]["key"])
+    first, *further = gateway_config_maps(files)
     objects = [
         _object(settings, "v1", "ServiceAccount", name, automountServiceAccountToken=False),
-        _object(settings, "v1", "ConfigMap", f"{name}-config", data=files),
-        _deployment(settings, values),
+        _object(settings, "v1", "ConfigMap", f"{name}-config", data=first),
+        *(
+            _object(settings, "v1", "ConfigMap", f"{name}-keys-{place:02}", data=data)
+            for place, data in enumerate(further)
+        ),
+        _workload(settings, values),
         _service(settings),
         _object(
             settings,
@@ -316,7 +468,7 @@ def gateway_objects(settings: Mapping[str, Any], values: Mapping[str, Mapping[st
             spec={"maxUnavailable": 1, "selector": {"matchLabels": _selector(settings, "gateway")}},
         ),
         *_autoscaler(settings),
-        *_claim(settings, "audit", settings["audit_volume"] if settings["audit"].get("enabled") else {}),
+        *_claim(settings, "audit", settings["audit_volume"] if _audit_place(settings) == "shared" else {}),
     ]
     if settings["redis"] == "in_cluster":
         objects += _redis(settings, values)
@@ -380,12 +532,12 @@ _POD_SECURITY: Json = {
 }
 
 
-def _pod_spec(settings: Mapping[str, Any], container: Json, volumes: list[Json]) -> Json:
+def _pod_spec(settings: Mapping[str, Any], containers: list[Json], volumes: list[Json]) -> Json:
     spec: Json = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": dict(_POD_SECURITY),
-        "containers": [container],
+        "containers": containers,
         "volumes": volumes,
     }
     if settings["image_pull_secrets"]:
@@ -397,12 +549,28 @@ def _pod_spec(settings: Mapping[str, Any], container: Json, volumes: list[Json])
     return spec
 
 
-def _deployment(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str]]) -> Json:
+def _audit_place(settings: Mapping[str, Any]) -> str:
+    """Where the audit log lies: nowhere (empty), in the ``pod``, on a ``shared`` volume, or on each pod's ``own``."""
+    volume = settings["audit_volume"]
+    if not settings["audit"].get("enabled"):
+        return ""
+    if not volume.get("size"):
+        return "pod"
+    return "shared" if volume.get("access_mode") == "ReadWriteMany" else "own"
+
+
+def _workload_kind(settings: Mapping[str, Any]) -> str:
+    return "StatefulSet" if _audit_place(settings) == "own" else "Deployment"
+
+
+def _workload(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str]]) -> Json:
+    """The pods: a Deployment's, or, with volumes of their own, a StatefulSet's."""
     name, config = settings["name"], gateway_config(settings)
     labels = {**settings["labels"], **_selector(settings, "gateway")}
     drain = float(config["server"].get("drain_s", 60)) + float(config["server"].get("drain_delay_s", 0))
     env = [{"name": key, "value": str(value)} for key, value in sorted(settings["env"].items())]
-    password = f"{name}-redis" if settings["redis"] == "in_cluster" else settings["redis_password_secret"]
+    in_cluster = settings["redis"] == "in_cluster"
+    password = _secret(settings, "redis") if in_cluster else settings["redis_password_secret"]
     if settings["redis"] and password:
         source = {"secretKeyRef": {"name": password, "key": "password"}}
         env.append({"name": PASSWORD_VARIABLE, "valueFrom": source})
@@ -410,20 +578,23 @@ def _deployment(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, s
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the container's own
     ]
+    keys = [{"configMap": {"name": f"{name}-keys-{place:02}", "optional": True}} for place in range(_MOST_KEY_MAPS)]
     volumes: list[Json] = [
-        {"name": "config", "configMap": {"name": f"{name}-config"}},
-        {"name": "tmp", "emptyDir": {}},
+        {"name": "config", "projected": {"sources": [{"configMap": {"name": f"{name}-config"}}, *keys]}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}},
     ]
-    if settings["audit"].get("enabled"):
+    place = _audit_place(settings)
+    if place:
         mounts += [
             {"name": "audit", "mountPath": AUDIT_FOLDER},
             {"name": "audit-key", "mountPath": SIGNING_FOLDER, "readOnly": True},
         ]
-        kept = {"persistentVolumeClaim": {"claimName": f"{name}-audit"}}
-        volumes += [
-            {"name": "audit", **(kept if settings["audit_volume"].get("size") else {"emptyDir": {}})},
-            {"name": "audit-key", "secret": {"secretName": f"{name}-audit", "defaultMode": 0o440}},
-        ]
+        key = {"secretName": _secret(settings, "audit"), "defaultMode": 0o440}
+        volumes.append({"name": "audit-key", "secret": key})
+    if place == "shared":
+        volumes.append({"name": "audit", "persistentVolumeClaim": {"claimName": f"{name}-audit"}})
+    elif place == "pod":
+        volumes.append({"name": "audit", "emptyDir": {"sizeLimit": _AUDIT_WITHOUT_VOLUME}})
     container: Json = {
         "name": "gateway",
         "image": settings["image"],
@@ -445,9 +616,14 @@ def _deployment(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, s
         container["envFrom"] = [{"secretRef": {"name": secret}} for secret in settings["env_from_secrets"]]
     started_with = _digest(
         {section: config.get(section) for section in _AT_START},
-        {secret: sorted(data.items()) for secret, data in values.items() if not secret.endswith("-operator")},
+        [
+            [wanted["name"], key, values[wanted["name"]][key]]
+            for wanted in gateway_secret_values(settings)
+            for key in wanted["values"]
+            if key in ("password", "private.pem")
+        ],
     )
-    spec = _pod_spec(settings, container, volumes) | {
+    spec = _pod_spec(settings, [container], volumes) | {
         "serviceAccountName": name,
         # Open streams finish: the gateway itself waits until load balancers have seen it go, then for its requests.
         "terminationGracePeriodSeconds": math.ceil(drain) + 15,
@@ -464,25 +640,42 @@ def _deployment(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, s
     annotations = {_STARTED_WITH: started_with, **settings["pod_annotations"]}
     body: Json = {
         "selector": {"matchLabels": _selector(settings, "gateway")},
-        # No request finds fewer pods than before.
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
         "revisionHistoryLimit": 3,
         "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec},
     }
+    kind = _workload_kind(settings)
+    if kind == "Deployment":
+        # No request finds fewer pods than before.
+        body["strategy"] = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    else:
+        claim = _claim_spec(settings["audit_volume"])
+        body |= {
+            "serviceName": f"{name}-admin",
+            "podManagementPolicy": "Parallel",
+            # Replaced one after the other, each when the one before it serves. Volumes stay when pods become fewer.
+            "updateStrategy": {"type": "RollingUpdate"},
+            "volumeClaimTemplates": [
+                {
+                    "apiVersion": "v1",
+                    "kind": "PersistentVolumeClaim",
+                    "metadata": {"name": "audit", "labels": {**settings["labels"], **_names(settings, name)}},
+                    "spec": claim,
+                }
+            ],
+        }
     if not _autoscaler(settings):
-        body["replicas"] = int(settings["replicas"].get("min", 1))
-    return _object(settings, "apps/v1", "Deployment", name, spec=body)
+        body["replicas"] = _bounds(settings)[0]
+    return _object(settings, "apps/v1", kind, name, spec=body)
 
 
 def _autoscaler(settings: Mapping[str, Any]) -> list[Json]:
     """The HorizontalPodAutoscaler, where the bounds leave it something to do."""
-    low = int(settings["replicas"].get("min", 1))
-    high = int(settings["replicas"].get("max", low))
+    low, high = _bounds(settings)
     if high <= low:
         return []
     target = {"type": "Utilization", "averageUtilization": int(settings["replicas"].get("cpu_percent", 70))}
     spec = {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings["name"]},
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": _workload_kind(settings), "name": settings["name"]},
         "minReplicas": low,
         "maxReplicas": high,
         "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}],
@@ -496,62 +689,69 @@ def _claim(settings: Mapping[str, Any], part: str, volume: Mapping[str, Any]) ->
     """A claim of a volume (`size`, `class`, `access_mode`), where a size is given."""
     if not volume.get("size"):
         return []
+    name = f"{settings['name']}-{part}"
+    return [_object(settings, "v1", "PersistentVolumeClaim", name, spec=_claim_spec(volume))]
+
+
+def _claim_spec(volume: Mapping[str, Any]) -> Json:
     spec: Json = {
         "accessModes": [volume.get("access_mode", "ReadWriteOnce")],
         "resources": {"requests": {"storage": str(volume["size"])}},
     }
     if volume.get("class"):
         spec["storageClassName"] = volume["class"]
-    return [_object(settings, "v1", "PersistentVolumeClaim", f"{settings['name']}-{part}", spec=spec)]
+    return spec
 
 
 def _redis(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str]]) -> list[Json]:
-    """One Redis with its password, its volume and its Service."""
+    """The Redis of limits and the Redis of cached answers, in one pod, with password, volume and Service."""
     name = f"{settings['name']}-redis"
     volume = settings["redis_volume"]
     kept = {"persistentVolumeClaim": {"claimName": name}} if volume.get("size") else {"emptyDir": {}}
-    arguments = {
-        "--port": str(REDIS_PORT),
-        "--aclfile": "/etc/redis/users.acl",
-        "--dir": "/data",
-        "--maxmemory": str(settings["redis_max_memory"]),
-        # Cached answers are used less often than limits, and go first; budgets and usage never go.
-        "--maxmemory-policy": "volatile-lru",
-        "--appendonly": "yes",
-        "--appendfsync": "everysec",
-        "--save": "",
-    }
-    container: Json = {
-        "name": "redis",
-        "image": settings["redis_image"],
-        "imagePullPolicy": settings["image_pull_policy"],
-        "command": ["redis-server"],
-        "args": [word for pair in arguments.items() for word in pair],
-        "ports": [{"name": "redis", "containerPort": REDIS_PORT}],
-        "resources": settings["redis_resources"],
-        "securityContext": dict(_CONTAINER_SECURITY),
-        "volumeMounts": [
-            {"name": "data", "mountPath": "/data"},
-            {"name": "users", "mountPath": "/etc/redis", "readOnly": True},
-        ],
-        "startupProbe": {"tcpSocket": {"port": "redis"}, "periodSeconds": 1, "failureThreshold": 120},
-        "livenessProbe": {"tcpSocket": {"port": "redis"}, "periodSeconds": 20, "failureThreshold": 3},
-        "readinessProbe": {"tcpSocket": {"port": "redis"}, "periodSeconds": 10},
-    }
+    store = _redis_container(
+        settings,
+        "redis",
+        REDIS_PORT,
+        settings["redis_resources"],
+        {
+            "--dir": "/data",
+            "--maxmemory": str(settings["redis_max_memory"]),
+            # Budgets, usage and leases have an end, too: whatever is chosen among them to make room is a limit that
+            # begins anew. So nothing is: full, it refuses, and store.on_failure decides.
+            "--maxmemory-policy": "noeviction",
+            "--appendonly": "yes",
+            "--appendfsync": "everysec",
+            "--save": "",
+        },
+    )
+    store["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+    cache = _redis_container(
+        settings,
+        "cache",
+        CACHE_PORT,
+        settings["redis_cache_resources"],
+        {
+            "--maxmemory": str(settings["redis_cache_max_memory"]),
+            "--maxmemory-policy": "allkeys-lru",
+            "--appendonly": "no",
+            "--save": "",
+        },
+    )
     users = {"secretName": name, "items": [{"key": "users.acl", "path": "users.acl"}], "defaultMode": 0o440}
     volumes: list[Json] = [{"name": "data", **kept}, {"name": "users", "secret": users}]
     labels = {**settings["labels"], **_selector(settings, "redis")}
-    annotations = {_STARTED_WITH: _digest(values[name]["password"])}
+    annotations = {_STARTED_WITH: _digest(values[_secret(settings, "redis")]["password"])}
     spec = {
         "serviceName": name,
         "replicas": 1,
         "selector": {"matchLabels": _selector(settings, "redis")},
         "template": {
             "metadata": {"labels": labels, "annotations": annotations},
-            "spec": _pod_spec(settings, container, volumes),
+            "spec": _pod_spec(settings, [store, cache], volumes),
         },
     }
-    service = {"selector": _selector(settings, "redis"), "ports": [_port("redis", REDIS_PORT, REDIS_PORT)]}
+    ports = [_port("redis", REDIS_PORT, REDIS_PORT), _port("cache", CACHE_PORT, CACHE_PORT)]
+    service = {"selector": _selector(settings, "redis"), "ports": ports}
     return [
         _object(settings, "apps/v1", "StatefulSet", name, spec=spec),
         _object(settings, "v1", "Service", name, spec=service),
@@ -559,10 +759,30 @@ def _redis(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str]])
     ]
 
 
+def _redis_container(
+    settings: Mapping[str, Any], name: str, port: int, resources: Json, arguments: Mapping[str, str]
+) -> Json:
+    arguments = {"--port": str(port), "--aclfile": "/etc/redis/users.acl", **arguments}
+    return {
+        "name": name,
+        "image": settings["redis_image"],
+        "imagePullPolicy": settings["image_pull_policy"],
+        "command": ["redis-server"],
+        "args": [word for pair in arguments.items() for word in pair],
+        "ports": [{"name": name, "containerPort": port}],
+        "resources": resources,
+        "securityContext": dict(_CONTAINER_SECURITY),
+        "volumeMounts": [{"name": "users", "mountPath": "/etc/redis", "readOnly": True}],
+        "startupProbe": {"tcpSocket": {"port": name}, "periodSeconds": 1, "failureThreshold": 120},
+        "livenessProbe": {"tcpSocket": {"port": name}, "periodSeconds": 20, "failureThreshold": 3},
+        "readinessProbe": {"tcpSocket": {"port": name}, "periodSeconds": 10},
+    }
+
+
 def gateway_targets(settings: Mapping[str, Any]) -> list[Json]:
     """What k8s_apply_set waits for."""
     place = {"api_version": "apps/v1", "namespace": settings["namespace"]}
-    targets = [{**place, "kind": "Deployment", "name": settings["name"]}]
+    targets = [{**place, "kind": _workload_kind(settings), "name": settings["name"]}]
     if settings["redis"] == "in_cluster":
         targets.append({**place, "kind": "StatefulSet", "name": f"{settings['name']}-redis"})
     return targets
@@ -600,17 +820,23 @@ def gateway_key_lines(keys: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gateway_traffic_lines(answer: Mapping[str, Any]) -> list[str]:
-    """A table of the routes' backends and weights, a line each, as the admin API gives them."""
-    rows = [
-        [
-            model,
-            target["backend"],
-            str(target["weight"]),
-            "" if target["weight"] == target["configured"] else f"(declared: {target['configured']})",
+    """A table of the routes' backends, weights and canaries, a line each, as the admin API gives them."""
+
+    def row(model: str, backend: str, now: str, declared: str, note: str = "") -> list[str]:
+        notes = [note, "" if now == declared else f"(declared: {declared})"]
+        return [model, backend, now, " ".join(text for text in notes if text)]
+
+    rows = []
+    for model, route in sorted(answer["routes"].items()):
+        note = "(weights that were set are passed over)" if (route.get("changed") or {}).get("ignored") else ""
+        rows += [
+            row(model, target["backend"], str(target["weight"]), str(target["configured"]), note)
+            for target in route["backends"]
         ]
-        for model, route in sorted(answer["routes"].items())
-        for target in route["backends"]
-    ]
+        canary = route.get("canary")
+        if canary:
+            now, declared = f"{canary['percent']:g} %", f"{canary['configured']:g} %"
+            rows.append(row(model, canary["backend"], now, declared, "canary"))
     return _table(["model", "backend", "weight", ""], rows)
 
 
@@ -625,6 +851,7 @@ class FilterModule:
             "gateway_key_lines": gateway_key_lines,
             "gateway_objects": gateway_objects,
             "gateway_problems": gateway_problems,
+            "gateway_secret_environment": gateway_secret_environment,
             "gateway_secret_values": gateway_secret_values,
             "gateway_secrets": gateway_secrets,
             "gateway_targets": gateway_targets,

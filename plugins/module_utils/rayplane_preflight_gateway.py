@@ -72,7 +72,6 @@ def _place(values: Values) -> Iterator[Problem]:
 
 def _volumes(values: Values) -> Iterator[Problem]:
     audit, volume = values.get("gateway_audit"), values.get("gateway_audit_volume")
-    replicas = values.get("gateway_replicas")
     if not isinstance(audit, Mapping) or not audit.get("enabled") or not isinstance(volume, Mapping):
         return
     if not volume.get("size"):
@@ -80,15 +79,8 @@ def _volumes(values: Values) -> Iterator[Problem]:
             "gateway_audit_volume",
             dict(volume),
             "the audit log lies in its pod and ends with it",
-            "give size, class and access_mode of a volume that every pod can mount, or take gateway_audit.enabled out",
+            "give its size: each pod then has a volume of its own; or take gateway_audit.enabled out",
             warning=True,
-        )
-    elif isinstance(replicas, Mapping) and replicas.get("min", 1) != 1 and volume.get("access_mode") != "ReadWriteMany":
-        yield Problem(
-            "gateway_audit_volume.access_mode",
-            volume.get("access_mode", ABSENT),
-            f"one volume for at least {replicas.get('min')} pods, which are on different nodes",
-            "write ReadWriteMany, with a class that has it (EFS, say)",
         )
 
 
@@ -118,6 +110,7 @@ def _configuration(values: Values) -> Iterator[Problem]:
         settings = _settings(values, serve, builder)
         found = builder.gateway_problems(settings)
         files = {} if found else builder.gateway_files(settings, "rp-" + "a" * 12 + "-" + "A" * 43)
+        exposed = builder.gateway_secret_environment(settings["env"])
     except (KeyError, TypeError, AttributeError, ValueError):
         return  # of a wrong type: the argument spec tells
     except builder.AnsibleFilterError as error:
@@ -128,7 +121,21 @@ def _configuration(values: Values) -> Iterator[Problem]:
         variable, _, rest = text.partition(": ")
         reason, _, cure = rest.partition("; ")
         yield Problem(variable, ABSENT, reason, cure)
+    for name in exposed:
+        yield Problem(
+            f"gateway_env.{name}",
+            ABSENT,
+            "it would stand in the pods' specification, readable by all who may look at them",
+            "put it into a Secret, and name that in gateway_env_from_secrets",
+            warning=True,
+        )
     if files:
+        try:
+            builder.gateway_config_maps(files)
+        except builder.AnsibleFilterError as error:
+            variable, _, rest = str(error).partition(": ")
+            reason, _, cure = rest.partition("; ")
+            yield Problem(variable, ABSENT, reason, cure)
         yield from _asked(files, settings)
 
 

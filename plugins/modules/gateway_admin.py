@@ -12,8 +12,8 @@ short_description: Ask and change a gateway that runs, through its admin API
 description:
   - The admin API is reached through the proxy of the Kubernetes API server, so it needs no way in of its own. The key
     for it is read from a Secret and is in no argument and no result.
-  - Revocations and weights are kept in the gateways' shared store and reach every replica within seconds. Where there
-    is none (O(shared=false)), every pod is told.
+  - Revocations, weights and canaries are kept in the gateways' shared store and reach every replica within seconds.
+    Where there is none (O(shared=false)), every pod is told.
 options:
   namespace:
     description: Namespace of the gateway.
@@ -63,6 +63,12 @@ options:
     description: >-
       By model, the weight of each backend, in place of the configuration's. A backend that is not named keeps its
       weight. Nothing (an empty mapping or null) takes all of a model's weights back.
+    type: dict
+    default: {}
+  canaries:
+    description: >-
+      By model, the percentage of the callers that the route's canary gets, in place of the configuration's. Nothing (an
+      empty text or null) takes it back.
     type: dict
     default: {}
   query:
@@ -221,7 +227,7 @@ class Admin:
 
 
 def reconcile(admin: Admin, given: Json, check: bool) -> list[str]:
-    """Bring revocations and weights to what is wanted; gives what was changed."""
+    """Bring revocations, weights and canaries to what is wanted; gives what was changed."""
     actions: list[str] = []
     if given["revoked"] or given["restored"]:
         refused = {key["id"]: bool(key["revoked"]) for key in admin.all_keys()}
@@ -232,12 +238,15 @@ def reconcile(admin: Admin, given: Json, check: bool) -> list[str]:
                     actions.append(f"{verb} key {identity}")
                     if not check:
                         admin.tell("POST", f"keys/{quote(identity, safe='')}/{verb}")
-    if given["weights"]:
+    if given["weights"] or given["canaries"]:
         routes = admin.ask("GET", "routes")["routes"]
-        for model, weights in given["weights"].items():
+        for model in (*given["weights"], *given["canaries"]):
             if model not in routes:
                 known = ", ".join(sorted(routes)) or "none"
                 raise AdminError(f"there is no model {model}; the gateway has {known}")
+        # Before anything is changed: what is wrong is told of both.
+        shares = {model: share_of(model, routes[model], percent) for model, percent in given["canaries"].items()}
+        for model, weights in given["weights"].items():
             now = {target["backend"]: target["weight"] for target in routes[model]["backends"]}
             declared = {target["backend"]: target["configured"] for target in routes[model]["backends"]}
             wanted = {name: int(weight) for name, weight in (weights or {}).items()}
@@ -252,7 +261,33 @@ def reconcile(admin: Admin, given: Json, check: bool) -> list[str]:
             if not check:
                 path = f"routes/{quote(model, safe='')}/weights"
                 admin.tell("PUT" if wanted else "DELETE", path, {"weights": wanted} if wanted else None)
+        for model, share in shares.items():
+            canary = routes[model].get("canary")
+            if not canary:
+                continue
+            percent = canary["configured"] if share is None else share
+            if canary["percent"] == percent and (share is not None or not canary["changed"]):
+                continue
+            actions.append(f"canary of {model}: {canary['percent']:g} % -> {percent:g} %")
+            if not check:
+                path = f"routes/{quote(model, safe='')}/canary"
+                admin.tell("DELETE" if share is None else "PUT", path, None if share is None else {"percent": share})
     return actions
+
+
+def share_of(model: str, route: Json, percent: Any) -> float | None:
+    """A canary's percentage as it was asked for; None: the configuration's. Raises AdminError where it is none."""
+    if percent is None or percent == "":
+        return None
+    if not route.get("canary"):
+        raise AdminError(f"the route of {model} has no canary: declare one in gateway_routes.{model}.canary")
+    try:
+        share = float(percent)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 100:
+        raise AdminError(f"the canary of {model} gets a percentage from 0 to 100, not {percent!r}")
+    return share
 
 
 def _say(weights: Json) -> str:
@@ -273,6 +308,7 @@ def main() -> None:
             "revoked": {"type": "list", "elements": "str", "default": []},
             "restored": {"type": "list", "elements": "str", "default": []},
             "weights": {"type": "dict", "default": {}},
+            "canaries": {"type": "dict", "default": {}},
             "query": {
                 "type": "list",
                 "elements": "str",

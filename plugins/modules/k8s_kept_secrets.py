@@ -23,10 +23,17 @@ options:
   secrets:
     description:
       - The Secrets, each with C(name) and C(values), a mapping from key to what it holds.
+      - One that is C(given) is made by somebody else; what it lacks is a failure.
       - V(token) is 256 random bits as text, V(api_key) a key of the gateway, V(ed25519) a private key as PEM (PKCS#8).
     type: list
     elements: dict
     required: true
+  values_returned:
+    description: >-
+      False only sees that what is given is there and has the right shape. Nothing secret is returned then, so that a
+      failure can be read.
+    type: bool
+    default: true
 author: [rayplane]
 attributes:
   check_mode:
@@ -48,7 +55,7 @@ RETURN = r"""
 values:
   description: By name of the Secret, and by key, the value.
   type: dict
-  returned: always
+  returned: unless O(values_returned) is false
 made:
   description: The Secrets of which something was missing, as C(NAME.KEY).
   type: list
@@ -56,6 +63,7 @@ made:
 """
 
 import base64
+import re
 import secrets
 import string
 from collections.abc import Callable
@@ -101,8 +109,27 @@ MAKERS: dict[str, Callable[[], str]] = {
 }
 
 
-def keep(cluster: Cluster | None, namespace: str, wanted: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """The values by Secret and key, and what was made because it was not there."""
+#: What a value that somebody else made has to look like, where it could be something else.
+SHAPES = {
+    "api_key": (
+        re.compile(r"rp-[A-Za-z0-9]{12}-[A-Za-z0-9_-]{43}"),
+        "a key of the gateway (rp-..., playbooks/keys.yml)",
+    ),
+    "ed25519": (re.compile(r"\s*-----BEGIN PRIVATE KEY-----.*", re.DOTALL), "a private key as PEM (PKCS#8)"),
+}
+
+
+class SecretError(Exception):
+    """A Secret that somebody else makes is not there, or holds something else."""
+
+
+def keep(
+    cluster: Cluster | None, namespace: str, wanted: list[dict[str, Any]], predict: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """The values by Secret and key, and what was made because it was not there.
+
+    ``predict``: what is given and not there yet is made, too, so that the rest can be predicted. Raises SecretError.
+    """
     resource = Resource("v1", "Secret", "secrets", True)
     values: dict[str, Any] = {}
     made: list[str] = []
@@ -110,10 +137,21 @@ def keep(cluster: Cluster | None, namespace: str, wanted: list[dict[str, Any]]) 
         name = secret["name"]
         live = (cluster.get(resource, namespace, name) if cluster else None) or {}
         data = live.get("data") or {}
-        values[name] = {}
+        values.setdefault(name, {})
         for key, kind in secret["values"].items():
             if data.get(key):
-                values[name][key] = base64.b64decode(data[key]).decode()
+                found = base64.b64decode(data[key]).decode()
+                if secret.get("given"):
+                    found = found.strip() if kind != "ed25519" else found
+                    shape, what = SHAPES.get(kind, (None, ""))
+                    if shape is not None and not shape.fullmatch(found):
+                        raise SecretError(f"{key} of the Secret {namespace}/{name} is not {what}")
+                values[name][key] = found
+            elif secret.get("given") and not predict:
+                raise SecretError(
+                    f"there is no Secret {namespace}/{name} with the key {key}, and it is to be made by somebody else:"
+                    " make it (see that External Secrets has done so), or take its name out"
+                )
             else:
                 values[name][key] = MAKERS[kind]()
                 made.append(f"{name}.{key}")
@@ -125,6 +163,7 @@ def main() -> None:
         argument_spec={
             "namespace": {"type": "str", "required": True},
             "secrets": {"type": "list", "elements": "dict", "required": True, "no_log": False},
+            "values_returned": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )
@@ -140,13 +179,13 @@ def main() -> None:
         except NoKubeconfigError:
             if not module.check_mode:
                 raise
-        values, made = keep(cluster, given["namespace"], given["secrets"])
-    except (KubeError, OSError, ValueError) as error:
+        values, made = keep(cluster, given["namespace"], given["secrets"], predict=module.check_mode)
+    except (SecretError, KubeError, OSError, ValueError) as error:
         module.fail_json(msg=str(error))
     finally:
         forget_temporary()
     # What was made is no change yet: applying it is.
-    module.exit_json(changed=False, values=values, made=made)
+    module.exit_json(changed=False, made=made, **({"values": values} if given["values_returned"] else {}))
 
 
 if __name__ == "__main__":

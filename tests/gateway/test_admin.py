@@ -37,6 +37,7 @@ class Backends:
 
     def __init__(self) -> None:
         self.reached = True
+        self.ignored: frozenset[str] = frozenset()
 
     def ready(self) -> bool:
         return self.reached
@@ -234,7 +235,8 @@ def test_probes_and_metrics_ask_for_no_key(setup: Setup) -> None:
         assert (alive.status, alive.json) == (200, {"status": "alive"})
         ready = await replica.call("GET", "/readyz", role=None)
         assert (ready.status, ready.json["status"]) == (200, "ready")
-        assert ready.json["checks"] == {"draining": False, "backend": True, "store": "local", "audit": True}
+        checks = {"draining": False, "backend": True, "store": "local", "revocations": True, "audit": True}
+        assert ready.json["checks"] == checks
         metrics = await replica.call("GET", "/metrics", role=None)
         assert metrics.status == 200
         assert metrics.headers["content-type"].startswith("text/plain")
@@ -388,8 +390,11 @@ def test_weights_change_on_all_replicas_and_back(shared: Setup) -> None:
                 {"backend": "blue", "priority": 0, "weight": 70, "configured": 70},
                 {"backend": "green", "priority": 1, "weight": 100, "configured": 30},
             ]
-            assert shown["changed"]["actor"] == "admin"
-            assert (shown["aliases"], shown["canary"]) == (["big"], {"backend": "green", "percent": 5.0})
+            assert (shown["changed"]["actor"], shown["changed"]["ignored"], shown["aliases"]) == (
+                "admin",
+                False,
+                ["big"],
+            )
             back = await two.call("DELETE", "/admin/v1/routes/org%2Fbig/weights")
             assert back.json["weights"] == {"blue": 70, "green": 30}
             await until(lambda: one.parts.dynamic.weights == {})
@@ -433,6 +438,77 @@ def test_weights_of_a_model_that_is_gone_can_be_removed(setup: Setup) -> None:
         await replica.parts.dynamic.set_weights("old", {"blue": 1}, actor="root")
         assert (await replica.call("DELETE", "/admin/v1/routes/old/weights")).json["weights"] == {}
         assert replica.parts.dynamic.weights == {}
+
+    with_replica(setup, work)
+
+
+def test_weights_that_are_passed_over_are_shown_so(setup: Setup) -> None:
+    async def work(replica: Replica) -> None:
+        await replica.parts.dynamic.set_weights("m", {"blue": 0, "green": 0, "gone": 100}, actor="root")
+        replica.parts.router.ignored = frozenset({"m"})
+        assert (await replica.get("status"))["weights_ignored"] == ["m"]
+        shown = (await replica.get("routes"))["routes"]["m"]
+        assert [target["weight"] for target in shown["backends"]] == [100, 100]
+        assert shown["changed"]["ignored"] is True
+        # What holds is what a change begins from.
+        answer = await replica.call("PUT", "/admin/v1/routes/m/weights", {"weights": {"green": 1}})
+        assert answer.json["before"] == {"blue": 100, "green": 100}
+        assert answer.json["weights"] == {"blue": 100, "green": 1}
+
+    with_replica(setup, work)
+
+
+# --- canaries
+
+
+def test_a_canarys_percentage_changes_on_all_replicas_and_back(shared: Setup) -> None:
+    async def work() -> None:
+        async with shared.replica("gw-0") as one, shared.replica("gw-1") as two:
+            plain = {"backend": "green", "percent": 5.0, "configured": 5.0, "changed": None}
+            assert (await one.get("routes"))["routes"]["org/big"]["canary"] == plain
+            answer = await one.call("PUT", "/admin/v1/routes/big/canary", {"percent": 12.5})
+            assert answer.json == {"model": "org/big", "before": 5.0, "percent": 12.5}
+            await until(lambda: "org/big" in two.parts.dynamic.canaries)
+            shown = (await two.get("routes"))["routes"]["org/big"]["canary"]
+            assert (shown["percent"], shown["configured"], shown["changed"]["actor"]) == (12.5, 5.0, "admin")
+            back = await two.call("DELETE", "/admin/v1/routes/org%2Fbig/canary")
+            assert back.json == {"model": "org/big", "before": 12.5, "percent": 5.0}
+            await until(lambda: not one.parts.dynamic.canaries)
+            common = {"action": "canary", "actor": "admin", "actor_client": "admin", "model": "org/big"}
+            assert one.audited() == [{**common, "before": 5.0, "after": 12.5}]
+            assert two.audited() == [{**common, "before": 12.5, "after": 5.0}]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("routes/none/canary", {"percent": 1}, 404, "no such model"),
+        ("routes/m/canary", {"percent": 1}, 400, "has no canary"),
+        ("routes/big/canary", {"percent": 100.5}, 400, "from 0 to 100"),
+        ("routes/big/canary", {"percent": -1}, 400, "from 0 to 100"),
+        ("routes/big/canary", {}, 400, "The body is not what this path takes"),
+        ("routes/big/canary", {"percent": 1, "backend": "blue"}, 400, "The body is not what this path takes"),
+    ],
+)
+def test_canaries_that_make_no_sense_are_refused(setup: Setup, path: str, body: object, status: int, said: str) -> None:
+    async def work(replica: Replica) -> None:
+        answer = await replica.call("PUT", f"/admin/v1/{path}", body)
+        assert (answer.status, said in answer.error["message"]) == (status, True), answer.body
+        assert replica.parts.dynamic.canaries == {} and replica.audited() == []
+
+    with_replica(setup, work)
+
+
+def test_the_percentage_of_a_canary_that_is_gone_can_be_removed(setup: Setup) -> None:
+    async def work(replica: Replica) -> None:
+        assert (await replica.call("DELETE", "/admin/v1/routes/old/canary")).status == 404
+        for name in ("old", "m"):
+            await replica.parts.dynamic.set_canary(name, 5, actor="root")
+            removed = await replica.call("DELETE", f"/admin/v1/routes/{name}/canary")
+            assert removed.json == {"model": name, "before": 5.0, "percent": None}
+        assert replica.parts.dynamic.canaries == {}
 
     with_replica(setup, work)
 

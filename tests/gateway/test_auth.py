@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serve_app.gateway import auth, keys
 from serve_app.gateway.auth import Authenticator, Caller
 from serve_app.gateway.config import Auth, Config, Issuer, Key, Limits, Rate, Role
-from serve_app.gateway.errors import AuthenticationFailed, GatewayError
+from serve_app.gateway.errors import AuthenticationFailed, GatewayError, Unavailable
 from serve_app.gateway.policy import Policy
 
 NOW = 1_800_000_000.0
@@ -265,6 +265,48 @@ def test_tokens_whose_claims_do_not_do(settings: dict[str, Any], claims: dict[st
 def test_without_issuers_a_token_is_no_key() -> None:
     one = Policy(Config(roles={"basic": Role()}))
     assert refused(one, token()).code == "invalid_api_key"
+
+
+def test_a_request_that_waited_leaves_the_callers_of_a_newer_policy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for its issuer's keys while the policy changes has a caller of the old policy."""
+
+    async def scenario() -> None:
+        authenticator, old, new = Authenticator(), policy(), policy()
+        waiting, check = asyncio.Event(), authenticator.tokens.check
+
+        async def slow(*words: Any) -> Any:
+            found = await check(*words)
+            await waiting.wait()
+            return found
+
+        monkeypatch.setattr(authenticator.tokens, "check", slow)
+        late = asyncio.create_task(authenticator.authenticate(old, token(), (), NOW))
+        await asyncio.sleep(0)
+        # An administrator's reload comes, and somebody's request after it.
+        await authenticator.authenticate(new, bearer(ALICE.key), (), NOW)
+        waiting.set()
+        assert (await late).role is old.config.roles["basic"]
+        assert (await authenticator.authenticate(new, token(), (), NOW)).role is new.config.roles["basic"]
+
+    asyncio.run(scenario())
+
+
+def test_nobody_gets_in_before_it_is_known_who_is_revoked() -> None:
+    async def scenario() -> None:
+        known: list[bool] = []
+        authenticator, one = Authenticator(lambda: bool(known)), policy("anyone")
+        for header in (bearer(ALICE.key), token()):
+            with pytest.raises(Unavailable) as caught:
+                await authenticator.authenticate(one, header, (), NOW)
+            assert (caught.value.code, caught.value.headers["Retry-After"]) == ("store_unavailable", "1")
+        # Who has no key has none to be revoked; a wrong one is wrong in any case.
+        assert (await authenticator.authenticate(one, None, (), NOW)).id == "anonymous"
+        with pytest.raises(AuthenticationFailed):
+            await authenticator.authenticate(one, bearer(OLD.key), (), NOW)
+        known.append(True)
+        assert (await authenticator.authenticate(one, bearer(ALICE.key), (), NOW)).id == "alice-1"
+
+    asyncio.run(scenario())
 
 
 def test_memory_of_subjects_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

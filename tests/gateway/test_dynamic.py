@@ -101,6 +101,19 @@ def test_weights_are_replaced_and_taken_back(redis_url: str) -> None:
     run(work())
 
 
+def test_canaries_are_replaced_and_taken_back(redis_url: str) -> None:
+    async def work() -> None:
+        async with replica(redis_url) as (one, _), replica(redis_url) as (two, _):
+            await one.set_canary("llama", 2.5, actor="root")
+            await until(lambda: "llama" in two.canaries)
+            assert (two.canaries["llama"].percent, two.canaries["llama"].actor) == (2.5, "root")
+            assert two.weights == {}
+            await two.set_canary("llama", None, actor="root")
+            await until(lambda: one.canaries == {})
+
+    run(work())
+
+
 @pytest.mark.parametrize("local", [True, False])
 def test_a_revocation_ends_by_itself(redis_url: str, local: bool) -> None:
     async def work() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import stat
 from collections.abc import Callable
@@ -25,7 +26,7 @@ BOB = keys.generate()
 def base() -> dict[str, Any]:
     """A configuration without a mistake that uses every section."""
     return {
-        "server": {"port": 0, "admin_port": 0, "trusted_proxies": ["10.0.0.0/8", "::1"]},
+        "server": {"port": 0, "admin_port": 0},
         "store": {"url": "redis://:secret@127.0.0.1:6379/0", "local_fraction": 0.5},
         "auth": {
             "issuers": [
@@ -204,6 +205,16 @@ def test_key_files(write: Callable[..., Path], name: str, wrap: bool) -> None:
     assert read.files[1] == file
 
 
+def test_a_key_file_that_is_not_the_configurations_is_not_taken(write: Callable[..., Path]) -> None:
+    entry = {"id": "k0", "prefix": "aaaaaaaaaaaa", "hash": "sha256:" + "0" * 64, "role": "basic"}
+    file = write([entry], "keys-00.json")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    main = write({**base(), "key_files": [f"keys-00.json#sha256={digest}"]})
+    assert load(main).keys.get("k0") is not None and load(main).files[1] == file
+    write([{**entry, "role": "premium"}], "keys-00.json")
+    assert mistakes(main) == ["keys-00.json: is not the file that the configuration was written with"]
+
+
 def test_mistakes_of_key_files_name_file_and_place(write: Callable[..., Path]) -> None:
     good = {"id": "k0", "prefix": "aaaaaaaaaaaa", "hash": "sha256:" + "0" * 64, "role": "basic"}
     write({"keys": [good, {**good, "id": "k1"}, {**good, "rolle": 1}, "text"], "other": 1}, "a.json")
@@ -316,13 +327,17 @@ def test_other_threads_get_a_turn_after_every_piece(
         ("server/port", 70000, "server.port: is not between 0 and 65535"),
         ("server/port", "80", "server.port: expected `int`, got `str`"),
         ("server/max_body_bytes", 0, "server.max_body_bytes: is not greater than 0"),
+        ("server/max_buffered_bytes", 9, "server.max_buffered_bytes: is less than eight times server.max_body_bytes"),
         ("server/reload_interval_s", -1, "server.reload_interval_s: is not greater than 0"),
         ("server/drain_s", -1, "server.drain_s: is not between 0 and 86400"),
-        ("server/trusted_proxies/0", "10.0.0", "server.trusted_proxies[0]: is no address or network"),
         ("store/url", "http://:secret@x", "store.url: is no address"),
         ("store/url", "redis://", "store.url: is no address"),
         ("store/url", "redis://x:99999", "store.url: is no address"),
         ("store/password_env", "NOT_THERE", "store.password_env: the environment variable is not set"),
+        ("store/cache_url", "http://x", "store.cache_url: is no address"),
+        ("store/cache_password_env", "NOT_THERE", "store.cache_password_env: the environment variable is not set"),
+        ("backends/one/api_key_header", "a b", "backends.one.api_key_header: is not the name of a header"),
+        ("backends/one/api_key_header", "Host", "backends.one.api_key_header: is set by HTTP itself"),
         ("store/password_env", "secret!", "store.password_env: is not the name of an environment variable"),
         ("store/password_env", "sk_secret", "store.password_env: is not the name of an environment variable"),
         ("store/local_fraction", 0, "store.local_fraction: is no fraction"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -283,3 +284,34 @@ def test_without_a_policy_in_force_the_first_look_loads(file: Path, monkeypatch:
         assert watched.roles() == ["one"]
 
     asyncio.run(scenario())
+
+
+def test_files_that_change_one_after_the_other_are_taken_over_together(tmp_path: Path) -> None:
+    """As a volume of several ConfigMaps shows them: in between they do not belong together."""
+
+    def entry(name: str) -> str:
+        made = keys.generate()
+        return f'{{"id": "{name}", "prefix": "{made.prefix}", "hash": "{made.hash}", "role": "one"}}'
+
+    def named(*files: Path) -> str:
+        digests = [f"{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+        return text("one", f"key_files: {digests}\n")
+
+    first, second, main = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "gateway.yaml"
+    both, a, b = [entry("moved"), entry("kept")], entry("moved"), entry("new")
+    first.write_text(f"[{', '.join(both)}]")
+    second.write_text("[]")
+    main.write_text(named(first, second))
+
+    async def scenario(watched: Watched) -> None:
+        # The key has left one file and is not in the other yet: whoever has it must not be refused.
+        first.write_text(f"[{both[1]}]")
+        await until(lambda: len(watched.errors) == 1)
+        second.write_text(f"[{a}, {b}]")
+        await until(lambda: len(watched.errors) == 2)
+        assert watched.policies == []
+        main.write_text(named(first, second))
+        await until(lambda: len(watched.policies) == 1)
+        assert {key.id for key in watched.policies[0].keys} == {"moved", "kept", "new"}
+
+    run(scenario, main)

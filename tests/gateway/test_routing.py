@@ -73,8 +73,7 @@ def test_weight_0_gets_nothing(three: dict[str, FakeBackend]) -> None:
 
 def test_all_weights_0_is_unavailable(three: dict[str, FakeBackend]) -> None:
     async def main() -> None:
-        async with routed(settings(urls(three, "ab"), targets(a=1, b=1))) as it:
-            it.router.set_weights({"m": {"a": 0, "b": 0}})
+        async with routed(settings(urls(three, "ab"), targets(a=0, b=0))) as it:
             with pytest.raises(Unavailable) as caught:
                 await it.ask()
             assert caught.value.headers["retry-after"]
@@ -97,6 +96,39 @@ def test_weights_change_while_running(three: dict[str, FakeBackend]) -> None:
             it.router.set_weights({})
             assert set(await it.names(10)) == {"a"}
             assert it.router.snapshot()[0]["overridden"] is False
+
+    run(main())
+
+
+def test_weights_that_leave_no_backend_anything_are_passed_over(three: dict[str, FakeBackend]) -> None:
+    async def main() -> None:
+        async with routed(settings(urls(three, "ab"), targets(a=100, b=0)), start=True) as it:
+            it.router.set_weights({"m": {"a": 0, "b": 100}})
+            assert set(await it.names(4)) == {"b"}
+            assert it.router.ignored == frozenset() and it.told == []
+            # A deployment takes the backend away that had all of it.
+            without = Policy(settings(urls(three, "ac"), targets(a=100, c=0)))
+            it.router.configure(without)
+            it.router.configure(without)
+            assert set(await it.names(4)) == {"a"}
+            assert it.router.ignored == {"m"} and it.router.snapshot()[0]["overridden"] is False
+            ((sentence, fields),) = it.told
+            assert "passed over" in sentence and fields["model"] == "m" and fields["reason"]
+            it.router.set_weights({"m": {"a": 0, "c": 1}})
+            assert set(await it.names(4)) == {"c"}
+            assert it.router.ignored == frozenset()
+
+    run(main())
+
+
+def test_a_backend_that_gets_nothing_makes_nobody_ready(three: dict[str, FakeBackend]) -> None:
+    async def main() -> None:
+        away = {"a": three["a"].url, "away": f"http://127.0.0.1:{free_port()}"}
+        async with routed(settings(away, targets(a=0, away=1)), start=True) as it:
+            await until(lambda: it.state("a")["known"] and it.state("away")["known"])
+            assert not it.router.ready()
+            it.router.set_weights({"m": {"a": 1}})
+            assert it.router.ready()
 
     run(main())
 
@@ -195,13 +227,27 @@ def test_a_growing_canary_keeps_its_callers(three: dict[str, FakeBackend]) -> No
         async with routed(settings(urls(three, "ab"), canary(percent=10))) as it:
             callers = [f"caller-{number}" for number in range(100)]
             small = {one for one in callers if (await it.names(1, caller_id=one)) == ["b"]}
-            it.router.set_weights({"m": {"b": 60}})
+            it.router.set_canaries({"m": 60.5, "unknown": 1})
             large = {one for one in callers if (await it.names(1, caller_id=one)) == ["b"]}
             assert small < large
-            it.router.set_weights({"m": {"b": 0}})
+            it.router.set_canaries({"m": 0})
             assert set(await it.names(20, caller_id=min(small))) == {"a"}
             assert it.router.snapshot()[0]["canary"]["percent"] == 0
             assert it.router.snapshot()[0]["canary"]["configured_percent"] == 10
+            it.router.set_canaries({})
+            assert {one for one in callers if (await it.names(1, caller_id=one)) == ["b"]} == small
+
+    run(main())
+
+
+def test_the_percentage_of_a_canary_that_is_a_target_too(three: dict[str, FakeBackend]) -> None:
+    async def main() -> None:
+        route = {**targets(a=100, b=0), "canary": Canary(backend="b", percent=0)}
+        async with routed(settings(urls(three, "ab"), route)) as it:
+            assert set(await it.names(10)) == {"a"}
+            it.router.set_canaries({"m": 100})
+            assert set(await it.names(10)) == {"b"}
+            assert it.state("b")["weight"] == 0
 
     run(main())
 
@@ -542,6 +588,18 @@ def test_not_ready_before_a_backend_was_heard_of(three: dict[str, FakeBackend]) 
 
 
 # --- new policies
+
+
+def test_a_gateway_that_ends_right_after_a_new_policy_leaves_no_connection(three: dict[str, FakeBackend]) -> None:
+    async def main() -> None:
+        async with routed(settings(urls(three, "ab"), targets(a=0, b=1))) as it:
+            await it.ask()
+            gone = it.router._pools["b"]
+            it.router.configure(Policy(settings(urls(three, "a"))))
+            assert gone._session is not None
+        assert gone._session is None
+
+    run(main())
 
 
 def test_unchanged_backends_keep_connections_and_health(three: dict[str, FakeBackend]) -> None:

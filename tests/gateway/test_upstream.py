@@ -98,6 +98,19 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, bac
     assert dict(backend.seen("/v1/chat")[0]["headers"])["authorization"] == "Bearer from-env"
 
 
+def test_the_key_may_go_into_a_header_of_its_own(monkeypatch: pytest.MonkeyPatch, backend: FakeBackend) -> None:
+    monkeypatch.setitem(os.environ, "FAKE_KEY", "from-env")
+
+    async def main() -> None:
+        async with routed(settings({"one": backend.url}, api_key_env="FAKE_KEY", api_key_header="Api-Key")) as it:
+            await it.ask(headers=header(("api-key", "stolen")))
+
+    run(main())
+    seen = backend.seen("/v1/chat")[0]["headers"]
+    assert [value for name, value in seen if name == "api-key"] == ["from-env"]
+    assert "authorization" not in dict(seen)
+
+
 @pytest.mark.parametrize("size", [10, 3_000_000])
 def test_large_bodies(backend: FakeBackend, size: int) -> None:
     async def main() -> None:

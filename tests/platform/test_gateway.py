@@ -218,6 +218,8 @@ def test_traffic_is_shifted_and_taken_back(traffic: Callable[..., Run]) -> None:
     assert traffic({"traffic_action": "reset", "traffic_model": MODEL}).expect_success().changed == 1
     wrong = traffic({**half, "traffic_weights": {"absent": 1}})
     assert wrong.returncode != 0 and "no backend of" in wrong.output
+    wrong = traffic({**half, "traffic_weights": {}, "traffic_canary": 5})
+    assert wrong.returncode != 0 and "has no canary" in wrong.output
 
 
 def test_the_audit_log_verifies(deployed: Path, run: Runner, kubectl: Kubectl, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gateway_admin import Admin, AdminError, reconcile
 from gateway_keys import KeysError, change, entry_of, moment, new_key, read, successor, write
 from hypothesis import given
 from hypothesis import strategies as st
-from k8s_kept_secrets import MAKERS, keep
+from k8s_kept_secrets import MAKERS, SecretError, keep
 
 from serve_app.gateway import keys as theirs
 
@@ -203,6 +203,7 @@ class Gateway(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.revoked: set[str] = set()
         self.weights: dict[str, int] = {}
+        self.percent: float | None = None
         self.error = ""
 
 
@@ -265,7 +266,15 @@ class Handler(BaseHTTPRequestHandler):
                 {"backend": name, "weight": gateway.weights.get(name, 100), "configured": 100}
                 for name in ("blue", "green")
             ]
-            return 200, {"routes": {"m": {"backends": backends, "changed": {} if gateway.weights else None}}}
+            canary = {
+                "backend": "green",
+                "percent": 5.0 if gateway.percent is None else gateway.percent,
+                "configured": 5.0,
+                "changed": None if gateway.percent is None else {"actor": "operator"},
+            }
+            changed = {"actor": "operator"} if gateway.weights else None
+            plain = {"backends": backends, "changed": None, "canary": None}
+            return 200, {"routes": {"m": {**plain, "changed": changed, "canary": canary}, "plain": plain}}
         if asked.endswith("/revoke"):
             gateway.revoked.add(asked.removeprefix("keys/").removesuffix("/revoke").replace("%2F", "/"))
             return 200, {}
@@ -274,6 +283,9 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {}
         if asked == "routes/m/weights":
             gateway.weights = body["weights"] if self.command == "PUT" else {}
+            return 200, {}
+        if asked == "routes/m/canary":
+            gateway.percent = body["percent"] if self.command == "PUT" else None
             return 200, {}
         return 500, {"error": {"message": f"no {asked}"}}
 
@@ -303,7 +315,7 @@ def admin(gateway: Gateway, **changes: Any) -> Admin:
     return Admin(cluster_of(gateway), {**given, **changes})
 
 
-WANTED: Json = {"revoked": [], "restored": [], "weights": {}}
+WANTED: Json = {"revoked": [], "restored": [], "weights": {}, "canaries": {}}
 
 
 def test_what_is_in_a_secret_is_kept_and_what_is_missing_made(gateway: Gateway) -> None:
@@ -316,6 +328,33 @@ def test_what_is_in_a_secret_is_kept_and_what_is_missing_made(gateway: Gateway) 
     assert made == ["operator.more", "new.pem"]
     assert len(values["operator"]["more"]) == 43 and "BEGIN PRIVATE KEY" in values["new"]["pem"]
     assert keep(None, "ns", wanted)[1] == ["operator.key", "operator.more", "new.pem"]
+
+
+def test_what_somebody_else_makes_is_never_made_here(gateway: Gateway) -> None:
+    def wanted(name: str, **values: str) -> list[Json]:
+        return [{"name": name, "values": values, "given": True}]
+
+    cluster = cluster_of(gateway)
+    values, made = keep(cluster, "ns", wanted("operator", key="api_key"))
+    assert values == {"operator": {"key": KEY}} and made == []
+    with pytest.raises(SecretError, match=r"no Secret ns/operator with the key private.pem"):
+        keep(cluster, "ns", wanted("operator", **{"private.pem": "ed25519"}))
+    # Before a first deployment it may not be there yet.
+    assert keep(cluster, "ns", wanted("later", key="api_key"), predict=True)[1] == ["later.key"]
+    for name, kind in (("operator", "api_key"), ("audit", "ed25519")):
+        gateway.secrets[name] = {"data": {"key": base64.b64encode(b"something else").decode()}}
+        with pytest.raises(SecretError, match=f"ns/{name} is not a") as caught:
+            keep(cluster, "ns", wanted(name, key=kind))
+        assert "something else" not in str(caught.value)
+    # One Secret may hold several.
+    pem = MAKERS["ed25519"]()
+    pair = {
+        "key": base64.b64encode(f"{KEY}\n".encode()).decode(),
+        "private.pem": base64.b64encode(pem.encode()).decode(),
+    }
+    gateway.secrets["both"] = {"data": pair}
+    both = [*wanted("both", key="api_key"), *wanted("both", **{"private.pem": "ed25519"})]
+    assert keep(cluster, "ns", both)[0] == {"both": {"key": KEY, "private.pem": pem}}
 
 
 def test_without_its_key_the_way_out_is_named(gateway: Gateway) -> None:
@@ -351,10 +390,36 @@ def test_weights(gateway: Gateway) -> None:
         "weights of m: blue 100, green 10 -> blue 100, green 100"
     ]
     assert reconcile(admin(gateway), {**WANTED, "weights": {"m": {}}}, check=False) == []
-    with pytest.raises(AdminError, match="no model x; the gateway has m"):
+    with pytest.raises(AdminError, match="no model x; the gateway has m, plain"):
         reconcile(admin(gateway), {**WANTED, "weights": {"x": {}}}, check=False)
     with pytest.raises(AdminError, match="red: no backend of m; its backends are blue, green"):
         reconcile(admin(gateway), {**WANTED, "weights": {"m": {"red": 1}}}, check=False)
+
+
+def test_canaries(gateway: Gateway) -> None:
+    def told(percent: Any, model: str = "m", check: bool = False) -> list[str]:
+        return reconcile(admin(gateway), {**WANTED, "canaries": {model: percent}}, check)
+
+    assert told("12.5", check=True) == ["canary of m: 5 % -> 12.5 %"] and gateway.percent is None
+    assert told("12.5") == ["canary of m: 5 % -> 12.5 %"] and gateway.percent == 12.5
+    assert told(12.5) == []
+    assert told("0") == ["canary of m: 12.5 % -> 0 %"] and gateway.percent == 0
+    assert told(None) == ["canary of m: 0 % -> 5 %"] and gateway.percent is None
+    assert told("") == [] == told(None)
+    # A reset of a route without a canary is none of the canary's.
+    assert told(None, "plain") == []
+    for model, percent, says in (
+        ("plain", 5, "the route of plain has no canary: declare one in gateway_routes.plain.canary"),
+        ("m", 101, "from 0 to 100, not 101"),
+        ("m", "some", "from 0 to 100, not 'some'"),
+        ("x", 5, "no model x; the gateway has m, plain"),
+    ):
+        with pytest.raises(AdminError, match=says):
+            told(percent, model)
+    # Nothing is changed where one of both is wrong.
+    with pytest.raises(AdminError, match="from 0 to 100"):
+        reconcile(admin(gateway), {**WANTED, "weights": {"m": {"green": 10}}, "canaries": {"m": -1}}, check=False)
+    assert gateway.weights == {}
 
 
 def test_every_pod_takes_the_configuration_over(gateway: Gateway) -> None:

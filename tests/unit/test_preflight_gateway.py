@@ -50,10 +50,22 @@ def test_good_values_have_no_problem() -> None:
         ),
         ({"gateway_replicas": {"min": 3, "max": 2}}, "gateway_replicas.max", "below min"),
         (
-            {"gateway_audit_volume": {"size": "1Gi"}, "gateway_replicas": {"min": 2, "max": 3}},
-            "gateway_audit_volume.access_mode",
-            "different nodes",
+            {"gateway_backends": {"far": {"url": "https://x", "headers": {"Authorization": "Bearer x"}}}},
+            "gateway_backends.far.headers.Authorization",
+            "lie in a ConfigMap",
         ),
+        ({"gateway_redis": "redis://:word@x:6379/0"}, "gateway_redis", "a password stands in the address"),
+        (
+            {
+                "gateway_keys": [
+                    {**KEY, "id": f"k{number}", "prefix": f"a{number:011d}", "client": "x" * 30_000}
+                    for number in range(1500)
+                ]
+            },
+            "gateway_keys_file",
+            "fit into 32",
+        ),
+        ({"gateway_server": {"trusted_proxies": []}}, "gateway_server.trusted_proxies", "no such setting"),
         ({"gateway_routes": {"x": {}}}, "gateway_routes.x", "no model of rayservice_models has this id"),
         ({"gateway_roles": {"basic": {"max_token": 5}}}, "gateway_roles.basic.max_token", "no such setting"),
         ({"gateway_store": {"timeout_ms": "soon"}}, "gateway_store.timeout_ms", "expected `int`"),
@@ -77,11 +89,19 @@ def test_problems(changes: dict[str, Any], variable: str, reason: str) -> None:
         ({"gateway_image": DEFAULTS["gateway_image"]}, "gateway_image"),
         ({"gateway_audit_volume": {}}, "gateway_audit_volume"),
         ({"gateway_redis": ""}, "gateway_redis"),
+        ({"gateway_env": {"FAR_KEY": "x"}}, "gateway_env.FAR_KEY"),
     ],
 )
 def test_warnings(changes: dict[str, Any], variable: str) -> None:
     problems = found(**changes)
     assert [(name, problem.warning) for name, problem in problems.items()] == [(variable, True)]
+
+
+@pytest.mark.parametrize("mode", ["ReadWriteOnce", "ReadWriteMany"])
+def test_a_volume_is_good_for_any_number_of_pods(mode: str) -> None:
+    volume = {"size": "1Gi", "access_mode": mode}
+    assert found(gateway_audit_volume=volume, gateway_replicas={"min": 3, "max": 12}) == {}
+    assert found(gateway_audit_volume={"size": "1Gi"}, gateway_replicas={"min": 1, "max": 2}) == {}
 
 
 def test_values_are_shown_as_they_stand() -> None:

@@ -19,12 +19,14 @@ from rayplane_gateway import (
     OPERATOR,
     gateway_applied_version,
     gateway_config,
+    gateway_config_maps,
     gateway_files,
     gateway_issued_keys,
     gateway_key_entry,
     gateway_key_lines,
     gateway_objects,
     gateway_problems,
+    gateway_secret_environment,
     gateway_secret_values,
     gateway_secrets,
     gateway_targets,
@@ -90,6 +92,15 @@ def pod(**changes: Any) -> Json:
     return spec
 
 
+def volume(spec: Json, name: str) -> Json:
+    return next(item for item in spec["spec"]["volumes"] if item["name"] == name)
+
+
+def many(count: int, **more: Any) -> list[Json]:
+    """So many keys, as a file of keys has them."""
+    return [gateway_key_entry(f"rp-a{number:011d}-x", f"team-{number}", "basic") | more for number in range(count)]
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +112,7 @@ def test_the_gateway_takes_the_defaults(tmp_path: Path) -> None:
     assert policy.config.routes["qwen"].backends[0].backend == "qwen"
     assert policy.config.server.admin_port == 9090
     assert policy.config.store.on_failure == "local"
+    assert policy.config.store.start_without_revocations is False
 
 
 def test_a_model_alone_is_at_the_root(tmp_path: Path) -> None:
@@ -152,6 +164,9 @@ def test_redis_is_in_the_cluster_or_given_or_none(
 ) -> None:
     policy = built(tmp_path, redis=redis, redis_password_secret=secret)
     assert (policy.config.store.url, policy.config.store.password_env) == (url, variable)
+    beside = url.replace("6379", "6380") if redis == "in_cluster" else ""
+    assert policy.config.store.cache_url == beside
+    assert policy.config.store.cache_password_env == (variable if beside else "")
     kinds = [item["kind"] for item in gateway_objects(settings(redis=redis), VALUES)]
     assert ("StatefulSet" in kinds) == (redis == "in_cluster")
 
@@ -165,7 +180,7 @@ def test_everything_else_is_passed_on(tmp_path: Path) -> None:
         logging={"level": "debug"},
         open_operations=["tokenize"],
         issuers=[{"issuer": "https://id.example.com", "audience": ["llm"], "jwks_url": "https://id.example.com/keys"}],
-        server={"max_body_bytes": 1000, "trusted_proxies": ["10.0.0.0/8"]},
+        server={"max_body_bytes": 1000},
     )
     config = policy.config
     assert (
@@ -197,10 +212,73 @@ def test_no_key_is_in_the_configuration() -> None:
     assert "word" not in [text for item in gateway_objects(settings(), VALUES) for text in json.dumps(item).split('"')]
 
 
-def test_more_keys_than_a_config_map_holds_are_refused() -> None:
-    keys = [gateway_key_entry(f"rp-a{number:011d}-x", f"k{number}", "basic") for number in range(8000)]
-    with pytest.raises(AnsibleFilterError, match="a ConfigMap takes 1000000"):
-        gateway_objects(settings(keys=keys), VALUES)
+@pytest.mark.parametrize(
+    ("given", "replicas", "fraction"),
+    [
+        ({"on_failure": "local"}, {"min": 3, "max": 12}, 0.0833),
+        ({"on_failure": "local"}, {"min": 2, "max": 6}, 0.1666),
+        ({"on_failure": "local"}, {"min": 1}, 1.0),
+        ({"on_failure": "local", "local_fraction": 0.5}, {"min": 1, "max": 9}, 0.5),
+    ],
+)
+def test_all_replicas_that_there_can_be_share_the_limits(
+    tmp_path: Path, given: Json, replicas: Json, fraction: float
+) -> None:
+    store = built(tmp_path, store=given, replicas=replicas).config.store
+    assert store.local_fraction == fraction
+    if "local_fraction" not in given:
+        assert store.local_fraction * replicas.get("max", 1) <= 1
+    # Where it says nothing, a change of the replicas replaces no pod.
+    closed = {"on_failure": "closed"}
+    assert gateway_config(settings(store=closed)) == gateway_config(
+        settings(store=closed, replicas={"min": 1, "max": 9})
+    )
+
+
+# --- many keys -------------------------------------------------------------------------------------------------------
+
+
+def maps_of(objects: list[Json]) -> dict[str, dict[str, str]]:
+    return {item["metadata"]["name"]: item["data"] for item in objects if item["kind"] == "ConfigMap"}
+
+
+def test_few_keys_lie_beside_the_configuration() -> None:
+    found = maps_of(gateway_objects(settings(keys=many(1000)), VALUES))
+    assert {name: sorted(data) for name, data in found.items()} == {"gateway-config": ["config.json", "keys.json"]}
+
+
+def test_a_hundred_thousand_keys_are_spread_and_the_gateway_takes_them(tmp_path: Path) -> None:
+    keys = many(100_000, tenant="search")
+    objects = gateway_objects(settings(issued_keys=keys, audit={}), VALUES)
+    found = maps_of(objects)
+    assert all(len(json.dumps(data)) < 1024 * 1024 for data in found.values())
+    # A pod finds each of them.
+    sources = volume(one(objects, "Deployment")["spec"]["template"], "config")["projected"]["sources"]
+    known = {source["configMap"]["name"] for source in sources}
+    assert found.keys() <= known and len(found) > 10
+    assert [source["configMap"]["name"] for source in sources if not source["configMap"].get("optional")] == [
+        "gateway-config"
+    ]
+    for data in found.values():
+        for name, text in data.items():
+            (tmp_path / name).write_text(text)
+    policy = load(tmp_path / "config.json", environment=None)
+    assert len(policy.keys) == 100_001
+    assert policy.keys.find(KEY, 0).role == OPERATOR
+    assert gateway_applied_version(objects) == policy.version
+    # One key more changes one of them, and the configuration that names its content.
+    after = maps_of(gateway_objects(settings(issued_keys=[*many(1), *keys[1:]], audit={}), VALUES))
+    assert sorted(name for name in after if after[name] != found[name])[0] == "gateway-config"
+    assert len([name for name in after if after[name] != found[name]]) == 2
+
+
+def test_more_keys_than_fit_are_refused_with_a_number() -> None:
+    wide = many(3000, client="x" * 20_000)
+    with pytest.raises(AnsibleFilterError, match=r"there are 3001 keys, and about 1[0-9]{3} like them fit into 32"):
+        gateway_config_maps(gateway_files(settings(keys=wide), KEY))
+    routes = {f"r{number}": {"backends": [{"backend": "qwen"}], "aliases": ["x" * 200]} for number in range(5000)}
+    with pytest.raises(AnsibleFilterError, match="gateway_routes: the configuration without keys is"):
+        gateway_config_maps(gateway_files(settings(routes=routes), KEY))
 
 
 # --- problems --------------------------------------------------------------------------------------------------------
@@ -227,11 +305,44 @@ def test_good_settings_have_no_problem() -> None:
         ),
         ({"keys": [{"id": "a", "prefix": "p"}, {"id": "b", "prefix": "p"}]}, "prefix p stands in gateway_keys, too"),
         ({"keys": [{"id": OPERATOR, "prefix": "p"}]}, f"the id {OPERATOR} is taken"),
+        (
+            {"backends": {"far": {"url": "https://x", "headers": {"Authorization": "Bearer hidden-1"}}}},
+            "gateway_backends.far.headers.Authorization: it would lie in a ConfigMap",
+        ),
+        (
+            {"backends": {"far": {"url": "https://x", "headers": {"api-key": "hidden-1"}}}},
+            "in `api_key_env` and `api_key_header: api-key`, and a Secret that has it in gateway_env_from_secrets",
+        ),
+        (
+            {"backend_defaults": {"headers": {"Cookie": "hidden-1"}}},
+            "gateway_backend_defaults.headers.Cookie: it would",
+        ),
+        (
+            {"filters": {"f": {"type": "webhook", "options": {"headers": {"Authorization": "hidden-1"}}}}},
+            "gateway_filters.f.options.headers.Authorization: it would lie",
+        ),
+        (
+            {"filters": {"f": {"type": "webhook", "options": {"url": "https://u:hidden-1@x"}}}},
+            "gateway_filters.f.options.url: a password stands in the address",
+        ),
+        ({"redis": "rediss://u:hidden-1@x:6379/0"}, "gateway_redis: a password stands in the address"),
+        ({"store": {"cache_url": "redis://:hidden-1@x"}}, "gateway_store.cache_url: a password stands in the address"),
     ],
 )
 def test_problems(changes: Json, says: str) -> None:
     (found,) = gateway_problems(settings(**changes))
     assert says in found
+    assert "hidden-1" not in found and "; " in found
+
+
+def test_what_is_no_secret_may_be_written_down() -> None:
+    good = {"url": "https://x", "api_key_env": "FAR_KEY", "api_key_header": "api-key", "headers": {"x-team": "a"}}
+    assert gateway_problems(settings(backends={"far": good}, redis="rediss://user@x:6379/0")) == []
+
+
+def test_names_of_secrets_in_the_environment() -> None:
+    env = {"HF_TOKEN": "x", "openai_api_key": "x", "DB_PASSWORD": "", "TOKENIZERS": "x", "KEY_FILE": "/x"}
+    assert gateway_secret_environment(env) == ["HF_TOKEN", "openai_api_key"]
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------
@@ -245,14 +356,33 @@ def test_pods_run_with_as_little_as_they_can() -> None:
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        (container,) = spec["containers"]
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert container["resources"]["requests"] and container["resources"]["limits"]["memory"]
-        assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["requests"] and container["resources"]["limits"]["memory"]
+            assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+
+
+def test_limits_and_cached_answers_are_in_two_redis() -> None:
+    objects = gateway_objects(settings(), VALUES)
+    containers = one(objects, "StatefulSet", "gateway-redis")["spec"]["template"]["spec"]["containers"]
+    started = {container["name"]: container["args"] for container in containers}
+
+    def option(name: str, option: str) -> str:
+        words: list[str] = started[name]
+        return words[words.index(option) + 1]
+
+    assert (option("redis", "--maxmemory-policy"), option("redis", "--appendonly")) == ("noeviction", "yes")
+    assert (option("cache", "--maxmemory-policy"), option("cache", "--appendonly")) == ("allkeys-lru", "no")
+    for container in containers:
+        assert "--aclfile" in container["args"]
+        bound = int(container["resources"]["limits"]["memory"].removesuffix("Mi"))
+        assert int(option(container["name"], "--maxmemory").removesuffix("mb")) < bound
+    service = one(objects, "Service", "gateway-redis")["spec"]
+    assert [(port["name"], port["port"]) for port in service["ports"]] == [("redis", 6379), ("cache", 6380)]
 
 
 def test_pods_outlive_their_streams() -> None:
@@ -327,6 +457,39 @@ def test_a_new_password_replaces_gateway_and_redis() -> None:
     )
 
 
+def test_a_log_without_a_volume_fills_no_node() -> None:
+    assert volume(pod(), "audit") == {"name": "audit", "emptyDir": {"sizeLimit": "2Gi"}}
+
+
+@pytest.mark.parametrize("replicas", [{"min": 1, "max": 2}, {"min": 3, "max": 3}])
+def test_with_a_volume_that_is_not_shared_each_pod_has_its_own(replicas: Json) -> None:
+    changes: Json = {"audit_volume": {"size": "5Gi", "class": "gp3"}, "replicas": replicas}
+    objects = gateway_objects(settings(**changes), VALUES)
+    names = [(item["kind"], item["metadata"]["name"]) for item in objects]
+    assert ("Deployment", "gateway") not in names and ("PersistentVolumeClaim", "gateway-audit") not in names
+    spec = one(objects, "StatefulSet")["spec"]
+    (claim,) = spec["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == "audit"
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "5Gi"}},
+        "storageClassName": "gp3",
+    }
+    # By them `destroy` finds the claims, which are nobody's else.
+    assert settings()["labels"].items() <= claim["metadata"]["labels"].items()
+    assert {"name": "audit", "mountPath": "/var/lib/rayplane/audit"} in spec["template"]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
+    assert "audit" not in [item["name"] for item in spec["template"]["spec"]["volumes"]]
+    assert spec["podManagementPolicy"] == "Parallel" and "strategy" not in spec
+    service = one(objects, "Service", spec["serviceName"])
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    scalers = [item["spec"] for item in objects if item["kind"] == "HorizontalPodAutoscaler"]
+    assert [scaler["scaleTargetRef"]["kind"] for scaler in scalers] == ["StatefulSet"] * len(scalers)
+    assert spec.get("replicas") == (None if scalers else 3)
+    assert gateway_targets(settings(**changes))[0]["kind"] == "StatefulSet"
+
+
 def test_volumes() -> None:
     without = gateway_objects(settings(audit={}, redis_volume={}), VALUES)
     assert "PersistentVolumeClaim" not in [item["kind"] for item in without]
@@ -346,6 +509,7 @@ def test_volumes() -> None:
 
 def test_secrets_hold_hash_and_public_key_too() -> None:
     wanted = gateway_secret_values(settings())
+    assert not any(entry["given"] for entry in wanted)
     assert {entry["name"]: entry["values"] for entry in wanted} == {
         "gateway-operator": {"key": "api_key"},
         "gateway-redis": {"password": "token"},
@@ -359,8 +523,30 @@ def test_secrets_hold_hash_and_public_key_too() -> None:
     assert acl == f"user default on #{hashlib.sha256(b'word').hexdigest()} ~* &* +@all -@admin\n"
     assert data["gateway-audit"]["public.pem"].startswith("-----BEGIN PUBLIC KEY-----")
     assert gateway_secret_values(settings(redis="", audit={})) == [
-        {"name": "gateway-operator", "values": {"key": "api_key"}}
+        {"name": "gateway-operator", "values": {"key": "api_key"}, "given": False}
     ]
+
+
+def test_secrets_that_somebody_else_makes() -> None:
+    names = {"operator_secret": "ext-operator", "audit_secret": "ext-audit", "redis_password_secret": "ext-redis"}
+    values = {
+        "ext-operator": {"key": KEY},
+        "ext-redis": {"password": "word"},
+        "ext-audit": {"private.pem": PRIVATE},
+    }
+    wanted = gateway_secret_values(settings(**names))
+    assert {entry["name"]: entry["given"] for entry in wanted} == dict.fromkeys(values, True)
+    # Of what is given nothing is written but what Redis needs of its password: the hash.
+    (secret,) = gateway_secrets(settings(**names), values)
+    assert secret["metadata"]["name"] == "gateway-redis" and list(secret["data"]) == ["users.acl"]
+    spec = one(gateway_objects(settings(**names), values), "Deployment")["spec"]["template"]
+    assert volume(spec, "audit-key")["secret"]["secretName"] == "ext-audit"
+    (password,) = [item for item in spec["spec"]["containers"][0]["env"] if item["name"] == "RAYPLANE_REDIS_PASSWORD"]
+    assert password["valueFrom"]["secretKeyRef"] == {"name": "ext-redis", "key": "password"}
+    # A rotated one replaces the pods.
+    rotated = {**values, "ext-redis": {"password": "other"}}
+    again = one(gateway_objects(settings(**names), rotated), "Deployment")["spec"]["template"]
+    assert again["metadata"]["annotations"][STARTED] != spec["metadata"]["annotations"][STARTED]
 
 
 def test_targets() -> None:
@@ -401,6 +587,11 @@ def test_tables() -> None:
     target = {"backend": "blue", "weight": 90, "configured": 100}
     lines = gateway_traffic_lines({"routes": {"m": {"backends": [target]}}})
     assert lines[1].split() == ["m", "blue", "90", "(declared:", "100)"]
+    canary = {"backend": "green", "percent": 12.5, "configured": 5.0}
+    route = {"backends": [{**target, "weight": 100}], "canary": canary, "changed": {"ignored": True}}
+    lines = gateway_traffic_lines({"routes": {"m": route}})
+    assert lines[1].split()[:3] == ["m", "blue", "100"] and "passed over" in lines[1]
+    assert lines[2].split() == ["m", "green", "12.5", "%", "canary", "(declared:", "5", "%)"]
 
 
 def test_local_image_key(tmp_path: Path) -> None:
