@@ -11,10 +11,10 @@ export PYTHONUNBUFFERED := 1
 INVENTORY ?= inventories/local
 ARGS ?=
 
-.PHONY: help bootstrap deploy plan verify drift cost destroy local-down test lint unit format coverage bench locks clean
+.PHONY: help bootstrap deploy plan verify drift cost destroy local-down test lint unit format coverage bench bench-gateway soak-gateway locks clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  INVENTORY=inventories/prod chooses another environment (default: $(INVENTORY))."
 	@echo "  ARGS='--tags rayservice' adds arguments to ansible-playbook."
@@ -61,6 +61,12 @@ coverage: bootstrap ## Run the gateway's tests and show what they reach (at leas
 
 bench: bootstrap ## Time a rerun against `terraform plan`, side by side
 	@python bench/rerun.py $(ARGS)
+
+bench-gateway: bootstrap ## Time the gateway beside LiteLLM's proxy and vLLM's router
+	@python bench/gateway.py $(ARGS)
+
+soak-gateway: bootstrap ## Ten minutes of load on the gateway: does anything grow?
+	@python bench/gateway_soak.py $(ARGS)
 
 format: bootstrap ## Format the Python code
 	@ruff check --fix . && ruff format .

@@ -1,7 +1,7 @@
 """The gateway side by side with LiteLLM's proxy and vLLM's router, in front of the same backend.
 
     make bench-gateway
-    bench/gateway.py --rounds 5 --seconds 6 --output gateway.md
+    make bench-gateway ARGS='--rounds 5 --seconds 6 --output gateway.md'
 
 Each server gets one core of its own; the other one carries the backend (fake_openai.py), Redis and the load (load.py).
 Keys and limits are switched on in ours and in LiteLLM, shared through Redis, and it is checked that they are: a wrong

@@ -1,6 +1,6 @@
 """Load on the gateway for minutes at a steady rate: does anything grow?
 
-    bench/gateway_soak.py --minutes 10 --rate 300
+    make soak-gateway
 
 Plain requests, streams, and clients that go away (before the answer, and in the middle of a stream) come at random
 times, on connections that are kept and on new ones. Every few seconds the gateway's memory, open files and sockets and
