@@ -235,7 +235,7 @@ class Pool:
             session = self._session or self._open()
             async with asyncio.timeout(wait):
                 response = await session.request(method, url, data=payload, headers=sent, allow_redirects=False)
-                first = await response.content.readany()
+                first = await _piece(response.content)
             outcome = ""
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             outcome = "connect"
@@ -400,7 +400,7 @@ class Answer:
         if self._timer is None:
             self._watch()
         try:
-            piece = await self._content.readany()
+            piece = await _piece(self._content)
         except BackendTimeout:
             self._give_up("timeout")
             raise
@@ -455,6 +455,22 @@ class Answer:
             self._timer.cancel()
             self._timer = None
         self._pool.left(outcome, self._seconds)
+
+
+async def _piece(content: aiohttp.StreamReader) -> bytes:
+    """What has come of a body, at least a byte before its end.
+
+    An exception that ends the body comes after the bytes that came before it: aiohttp raises it first, and what arrived
+    with the fault in one segment would be lost.
+    """
+    try:
+        return await content.readany()
+    except (*_BROKEN, BackendTimeout):
+        # aiohttp has no public way past the exception.
+        rest = content._read_nowait(-1)
+        if not rest:
+            raise
+        return rest
 
 
 def outcome_of(status: int) -> str:

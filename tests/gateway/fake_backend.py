@@ -888,6 +888,8 @@ class Connection(asyncio.Protocol):
         if knobs.hang == "mid":
             await later(1e6)
         if knobs.garbage == "chunk":
+            # A reader that is late would else see the head, all chunks and the fault at once: an answer that is none.
+            await later(0.05)
             self.transport.write(b"zz\r\nnot a chunk\r\n")
             await later(0.05)
             raise DieError

@@ -345,6 +345,34 @@ def test_paths_and_queries_are_encoded() -> None:
             one.url("/v1/models", query)
 
 
+@pytest.mark.parametrize("fault", [b"zz\r\nnot a chunk\r\n", b""], ids=["garbage", "gone"])
+def test_what_came_before_a_fault_is_read_by_a_reader_that_is_late(fault: bytes) -> None:
+    more = asyncio.Event()
+    pieces: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n")
+        await more.wait()
+        writer.write(b"3\r\ntwo\r\n" + fault)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            one = pool(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+            answer = await one.send("GET", one.url("/v1/models"), [], b"", asyncio.get_running_loop().time())
+            more.set()
+            await asyncio.sleep(0.2)
+            with pytest.raises(BackendFailed, match="broke off"):
+                async for piece in answer.pieces():
+                    pieces.append(piece)  # noqa: PERF401 - what came before the error counts
+            await one.close()
+
+    run(main())
+    assert pieces == [b"one", b"two"]
+
+
 def test_callers_cannot_fill_the_memory_with_paths() -> None:
     one = pool()
     for number in range(2000):
