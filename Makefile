@@ -43,9 +43,10 @@ destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
 local-down: bootstrap ## Stop the local platform and leave the machine as it was (caches stay)
 	@ansible-playbook playbooks/local_down.yml -i inventories/local $(ARGS)
 
-# A process for each folder: what one has collected (recorded calls, an emulator) leaves the memory before the platform needs it.
+# A process for each folder: what one has collected (recorded calls, an emulator) leaves the memory before the platform needs
+# it. All of them run even if one fails: a run takes long, and shows everything at once.
 test: lint ## Run every test, on the real local platform too
-	@for folder in tests/unit tests/gateway tests/aws tests/platform; do pytest $$folder $(ARGS); done
+	@status=0; for folder in tests/unit tests/gateway tests/aws tests/platform; do pytest $$folder $(ARGS) || status=$$?; done; exit $$status
 
 lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> ruff";         ruff check . && ruff format --check .
