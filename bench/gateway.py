@@ -177,7 +177,7 @@ class Peer:
     command: Callable[[Place], tuple[list[str], dict[str, str], Credentials]]
 
 
-def rayplane(place: Place, *, redis: bool = True) -> tuple[list[str], dict[str, str], Credentials]:
+def rayplane(place: Place, *, redis: bool = True, model: str = MODEL) -> tuple[list[str], dict[str, str], Credentials]:
     """Ours: a key with limits of requests, tokens and concurrency and a daily budget; one log line a request."""
     ample, tight = keys.generate(), keys.generate()
     rate = {"limit": UNLIMITED, "per": "minute"}
@@ -194,7 +194,7 @@ def rayplane(place: Place, *, redis: bool = True) -> tuple[list[str], dict[str, 
             {"id": "tight", "prefix": tight.prefix, "hash": tight.hash, "role": "tight"},
         ],
         "backends": {"one": {"url": place.backend}},
-        "routes": {MODEL: {"backends": [{"backend": "one"}]}},
+        "routes": {model: {"backends": [{"backend": "one"}]}},
     }
     path = place.folder / "gateway.json"
     path.write_text(json.dumps(config), encoding="utf-8")
@@ -482,11 +482,11 @@ def backend(folder: Path, core: int, token_ms: float) -> Iterator[str]:
 # --- single requests -------------------------------------------------------------------------------------------------
 
 
-def ask(port: int, key: str, *, stream: bool = False, seconds: float = 30.0) -> tuple[int, bytes]:
+def ask(port: int, key: str, *, stream: bool = False, seconds: float = 30.0, model: str = MODEL) -> tuple[int, bytes]:
     """One request as the load makes them: status and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
-        head, _, body = load.request(f"127.0.0.1:{port}", key, MODEL, stream=stream).partition(b"\r\n\r\n")
+        head, _, body = load.request(f"127.0.0.1:{port}", key, model, stream=stream).partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[2:])
         connection.request("POST", "/v1/chat/completions", body, headers)
         answer = connection.getresponse()
@@ -495,12 +495,12 @@ def ask(port: int, key: str, *, stream: bool = False, seconds: float = 30.0) -> 
         connection.close()
 
 
-def first_answer(running: Running, port: int, credentials: Credentials) -> float:
+def first_answer(running: Running, port: int, credentials: Credentials, *, model: str = MODEL) -> float:
     """Wait for the first 200; the seconds since the process was started."""
     status, why = 0, b""
     while time.perf_counter() - running.began < START_SECONDS:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            status, why = ask(port, credentials.key)
+            status, why = ask(port, credentials.key, model=model)
             if status == 200:
                 return time.perf_counter() - running.began
         if running.process.poll() is not None:

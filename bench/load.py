@@ -34,9 +34,13 @@ PERCENTILES = (50, 95, 99)
 GRACE_S = 30.0
 
 
-def request(host: str, key: str, model: str, *, stream: bool, path: str = "/v1/chat/completions") -> bytes:
-    """The request's bytes."""
+def request(
+    host: str, key: str, model: str, *, stream: bool, path: str = "/v1/chat/completions", tokens: int = 0
+) -> bytes:
+    """The request's bytes. With `tokens` an engine writes exactly so many (vLLM's `ignore_eos`)."""
     body = {"model": model, "messages": [{"role": "user", "content": "Say something about a fox."}], "max_tokens": 64}
+    if tokens:
+        body |= {"max_tokens": tokens, "ignore_eos": True}
     if stream:
         body["stream"] = True
     text = json.dumps(body).encode()
@@ -152,7 +156,9 @@ class Load:
         self.arguments = arguments
         place = urlsplit(arguments.url)
         self.host, self.port = place.hostname or "127.0.0.1", place.port or 80
-        self.request = request(place.netloc, arguments.key, arguments.model, stream=arguments.stream)
+        self.request = request(
+            place.netloc, arguments.key, arguments.model, stream=arguments.stream, tokens=arguments.tokens
+        )
         self.result = Result()
         self.clients: set[Client] = set()
         self.reconnects: set[asyncio.Task[Client]] = set()
@@ -284,6 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=0.5, help="seconds before it (%(default)s)")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: as fast as answers come")
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--tokens", type=int, default=0, help="of every answer, by vLLM's ignore_eos; 0: the model's")
     return parser.parse_args(arguments)
 
 
