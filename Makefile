@@ -43,10 +43,17 @@ destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
 local-down: bootstrap ## Stop the local platform and leave the machine as it was (caches stay)
 	@ansible-playbook playbooks/local_down.yml -i inventories/local $(ARGS)
 
-# A process for each folder: what one has collected (recorded calls, an emulator) leaves the memory before the platform needs
-# it. All of them run even if one fails: a run takes long, and shows everything at once.
+# A run for each folder: what one has collected (reports, an emulator) leaves the memory before the platform needs it. All of
+# them run even if one fails: a run takes long, and shows everything at once. Whole files go to as many processes as there are
+# cores where tests have everything to themselves; the gateway's measure time, and there is one platform.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 test: lint ## Run every test, on the real local platform too
-	@status=0; for folder in tests/unit tests/gateway tests/aws tests/platform; do pytest $$folder $(ARGS) || status=$$?; done; exit $$status
+	@status=0; \
+	pytest tests/unit $(PARALLEL) $(ARGS) || status=$$?; \
+	pytest tests/gateway $(ARGS) || status=$$?; \
+	pytest tests/aws $(PARALLEL) $(ARGS) || status=$$?; \
+	pytest tests/platform $(ARGS) || status=$$?; \
+	exit $$status
 
 lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> ruff";         ruff check . && ruff format --check .
@@ -56,7 +63,7 @@ lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> ansible-lint"; ansible-lint --offline
 
 unit: bootstrap ## Run the unit tests only
-	@pytest tests/unit $(ARGS)
+	@pytest tests/unit $(PARALLEL) $(ARGS)
 
 coverage: bootstrap ## Run the gateway's tests and show what they reach (at least 90 %)
 	@pytest tests/gateway --cov --cov-report=term --cov-fail-under=90 $(ARGS)

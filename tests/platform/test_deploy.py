@@ -1,4 +1,4 @@
-"""The main path: a plan on an empty platform, a deployment that answers, idle reruns, repairs, failures, removal.
+"""The main path: a plan on an empty platform, a deployment that answers, idle reruns, repairs, failures.
 
 The tests of this file build on one another and run in the order in which they stand here.
 """
@@ -14,15 +14,13 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import openai
 import pytest
 import yaml
 
-from .conftest import AWS, ENDPOINT, HOME, ROOT, Runner, api_key
+from .conftest import AWS, ENDPOINT, HOME, NAMESPACE, ROOT, Runner, api_key, aws, our_vpcs
 
 MODEL = "smollm2-135m-instruct"
-NAMESPACE = "rayplane"
 Kubectl = Callable[..., str]
 LOCAL = {
     key: value
@@ -34,23 +32,6 @@ LOCAL = {
         .replace("{{ platform_region }}", AWS["AWS_REGION"])
     ).items()
 }
-
-
-def aws(service: str):  # type: ignore[no-untyped-def]
-    """A boto3 client of the local AWS endpoint."""
-    return boto3.client(
-        service,
-        endpoint_url=AWS["AWS_ENDPOINT_URL"],
-        region_name=AWS["AWS_REGION"],
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-
-
-def our_vpcs() -> list[dict[str, object]]:
-    """The VPCs of the local cluster."""
-    filters = [{"Name": "tag:Cluster", "Values": ["ray-llm-cluster-local"]}]
-    return list(aws("ec2").describe_vpcs(Filters=filters)["Vpcs"])
 
 
 def ask(prompt: str = "What is the capital of France?", timeout: float = 60) -> str:
@@ -316,12 +297,3 @@ def test_existing_cluster_is_served_and_a_removed_model_goes(deployed: Path, mak
     arguments = existing([first]) + " -e destroy_confirm=existing -e kuberay_existing_operator=use"
     make("destroy", arguments, "inventories/existing", environment).expect_success()
     assert "Paris" in ask()
-
-
-def test_destroy_removes_what_deploy_made(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
-    make("destroy").expect_success()
-    assert our_vpcs() == []
-    assert aws("eks").list_clusters()["clusters"] == []
-    assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
-    assert "ray-llm-cluster-local-models" in [bucket["Name"] for bucket in aws("s3").list_buckets()["Buckets"]]
-    assert make("destroy").expect_success().changed == 0

@@ -16,10 +16,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from .conftest import ENDPOINT, HOME, Run, Runner, api_key
+from .conftest import ENDPOINT, HOME, NAMESPACE, Run, Runner, api_key
 
 MODEL = "smollm2-135m-instruct"
-NAMESPACE = "rayplane"
 KEY = re.compile(r"rp-[a-z0-9]{12}-[A-Za-z0-9_-]{43}")
 # What a person waits for: the playbooks themselves wait until every pod knows.
 SOON = 15.0
@@ -56,13 +55,6 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-@pytest.fixture(scope="module")
-def deployed(platform: Path, make: Runner) -> Path:
-    """The local platform with everything deployed, whatever other files of tests have removed."""
-    make("deploy").expect_success()
-    return platform
 
 
 @pytest.fixture(name="keys")

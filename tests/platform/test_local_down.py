@@ -1,11 +1,12 @@
-"""`make local-down` leaves the machine as it was, and `make deploy` works again after it."""
+"""`make destroy` removes what deploy made, `make local-down` leaves the machine as it was, and deploy works again."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from .conftest import HOME, Runner
+from .conftest import HOME, NAMESPACE, Runner, aws, our_vpcs
 
 # What only the local platform puts on a machine.
 TRACES = (str(HOME / "state"), "/run/rayplane", "/var/lib/kubelet", "/etc/kubernetes")
@@ -43,6 +44,15 @@ def firewall_rules() -> list[str]:
         output = subprocess.run([command], capture_output=True, text=True, check=False).stdout
         rules += [line for line in output.splitlines() if any(word in line for word in ("KUBE-", "CNI-", "RAYPLANE"))]
     return rules
+
+
+def test_destroy_removes_what_deploy_made(deployed: Path, make: Runner, kubectl: Callable[..., str]) -> None:
+    make("destroy").expect_success()
+    assert our_vpcs() == []
+    assert aws("eks").list_clusters()["clusters"] == []
+    assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
+    assert "ray-llm-cluster-local-models" in [bucket["Name"] for bucket in aws("s3").list_buckets()["Buckets"]]
+    assert make("destroy").expect_success().changed == 0
 
 
 def test_down_leaves_nothing_and_deploy_works_again(platform: Path, make: Runner) -> None:
