@@ -134,7 +134,7 @@ def test_a_prefix_alone_is_no_likeness() -> None:
         "molecule_file",
         "region",
         "group_names",
-        *KNOWN,
+        *sorted(KNOWN),
     ],
 )
 def test_a_users_own_names_and_ansibles_are_left_alone(name: str) -> None:
