@@ -43,15 +43,15 @@ destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
 local-down: bootstrap ## Stop the local platform and leave the machine as it was (caches stay)
 	@ansible-playbook playbooks/local_down.yml -i inventories/local $(ARGS)
 
-# A run for each folder: what one has collected (reports, an emulator) leaves the memory before the platform needs it. All of
-# them run even if one fails: a run takes long, and shows everything at once. Whole files go to as many processes as there are
-# cores where tests have everything to themselves; the gateway's measure time, and there is one platform.
+# A run for each folder: what one has collected (an emulator, reports) leaves the memory before the platform needs it. All of them
+# run even if one fails: a run takes long, and shows everything at once. The unit tests' files go to as many processes as there are
+# cores; the other folders' tests wait for servers and measure time.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 test: lint ## Run every test, on the real local platform too
 	@status=0; \
 	pytest tests/unit $(PARALLEL) $(ARGS) || status=$$?; \
 	pytest tests/gateway $(ARGS) || status=$$?; \
-	pytest tests/aws $(PARALLEL) $(ARGS) || status=$$?; \
+	pytest tests/aws $(ARGS) || status=$$?; \
 	pytest tests/platform $(ARGS) || status=$$?; \
 	exit $$status
 

@@ -11,6 +11,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
+# One for all accounts: a session keeps the services' descriptions, which are large.
+_SESSION = boto3.Session()
 OWNER_TAG = "rayplane.io/cluster"
 GONE = ("deleted", "deleting", "terminated", "shutting-down", "failed")
 
@@ -51,14 +53,20 @@ class Account:
 
     def __init__(self, number: str, endpoint: str, region: str = "us-west-2") -> None:
         self.number, self.endpoint, self.region = number, endpoint, region
-        self._session = boto3.Session(aws_access_key_id=number, aws_secret_access_key="test", region_name=region)
         self._clients: dict[str, Any] = {}
 
     def client(self, service: str) -> Any:
         """Return the client of a service."""
         if service not in self._clients:
             config = Config(retries={"total_max_attempts": 2}, connect_timeout=5, read_timeout=20)
-            self._clients[service] = self._session.client(service, endpoint_url=self.endpoint, config=config)
+            self._clients[service] = _SESSION.client(
+                service,
+                endpoint_url=self.endpoint,
+                region_name=self.region,
+                aws_access_key_id=self.number,
+                aws_secret_access_key="test",
+                config=config,
+            )
         return self._clients[service]
 
     @property
