@@ -242,8 +242,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of every answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="a point is measured (%(default)s)")
-    parser.add_argument("--server-core", type=int, default=1, help="the gateway's core (%(default)s)")
-    parser.add_argument("--load-core", type=int, default=0, help="core of Redis and the load (%(default)s)")
+    parser.add_argument("--server-core", default="1", help="the gateway's core (%(default)s)")
+    parser.add_argument("--load-core", default="0", help="core of Redis and the load, or cores: 4-7 (%(default)s)")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args(arguments)
 

@@ -371,9 +371,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def pinned(core: int, command: Sequence[str | Path]) -> list[str]:
-    """The command on one core."""
-    return ["taskset", "-c", str(core), *(str(part) for part in command)]
+def pinned(core: str, command: Sequence[str | Path]) -> list[str]:
+    """The command on one core, or on cores as taskset names them (`4-7`)."""
+    return ["taskset", "-c", core, *(str(part) for part in command)]
 
 
 @contextlib.contextmanager
@@ -443,7 +443,7 @@ def family(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def redis(folder: Path, core: int) -> Iterator[int]:
+def redis(folder: Path, core: str) -> Iterator[int]:
     """A Redis of the run's own, which saves nothing. Yields its port."""
     if not shutil.which("redis-server"):
         raise BenchError("redis-server is not installed (Debian: apt-get install redis-server).")
@@ -469,7 +469,7 @@ def redis_command(port: int, command: str) -> bytes:
 
 
 @contextlib.contextmanager
-def backend(folder: Path, core: int, token_ms: float) -> Iterator[str]:
+def backend(folder: Path, core: str, token_ms: float) -> Iterator[str]:
     """The backend. Yields its address."""
     port = free_port()
     script = PROJECT / "bench" / "fake_openai.py"
@@ -705,7 +705,8 @@ def report(
     """The report, in Markdown."""
     lines = [
         f"{arguments.rounds} rounds in turn, {arguments.seconds:g} s a point, {platform.machine()}, Python "
-        f"{platform.python_version()}. Each server on one core; backend, Redis and load on another. An answer has "
+        f"{platform.python_version()}. Each server on core {arguments.server_core}; backend, Redis and load on "
+        f"{arguments.load_core}. An answer has "
         f"{TOKENS} tokens; a stream's come every {arguments.token_ms:g} ms. `core ms each`: processor time of the "
         "server for a request, which does not change when something else takes the core away. No answer was an error.",
         "",
@@ -793,8 +794,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of all servers in turn (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="a point is measured (%(default)s)")
     parser.add_argument("--token-ms", type=float, default=2.0, help="between a stream's tokens (%(default)s)")
-    parser.add_argument("--server-core", type=int, default=1, help="core of the server that is measured (%(default)s)")
-    parser.add_argument("--load-core", type=int, default=0, help="core of backend, Redis and load (%(default)s)")
+    parser.add_argument("--server-core", default="1", help="core of the server that is measured (%(default)s)")
+    parser.add_argument("--load-core", default="0", help="core of backend, Redis and load, or cores: 4-7 (%(default)s)")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args(arguments)
 

@@ -276,10 +276,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, bool]:
     """The report, and whether all is well."""
     core = arguments.load_core
     os.sched_setaffinity(0, {core})
-    with gateway.backend(folder, core, arguments.token_ms) as address, gateway.redis(folder, core) as redis_port:
+    with (
+        gateway.backend(folder, str(core), arguments.token_ms) as address,
+        gateway.redis(folder, str(core)) as redis_port,
+    ):
         place = Place(folder, gateway.free_port(), gateway.free_port(), address, redis_port, folder)
         command, more, credentials = configure(place)
-        pinned = gateway.pinned(arguments.server_core, command)
+        pinned = gateway.pinned(str(arguments.server_core), command)
         with gateway.process(pinned, folder, "server", {**os.environ, **more}) as running:
             gateway.first_answer(running, place.port, credentials)
             gateway.prove(place.port, credentials)

@@ -231,7 +231,7 @@ def test_load_counts_what_is_no_answer(answer: bytes, error: str) -> None:
 
 
 def test_the_report_sets_ours_beside_the_others() -> None:
-    everything = argparse.Namespace(rounds=2, seconds=3.0, token_ms=2.0)
+    everything = argparse.Namespace(rounds=2, seconds=3.0, token_ms=2.0, server_core="1", load_core="0")
     measured = {
         "rayplane": series(summary(2600, 1.5), summary(2400, 1.7)),
         "litellm": series(summary(100, 10), summary(100, 10)),
