@@ -7,7 +7,7 @@ For engines whose own speed is the question (vLLM on a GPU): does the gateway, o
 limits and a daily budget are on, in Redis. Three parts:
 
 - closed loops with plain answers and streams, directly and through the gateway in turn;
-- the engine's refusals (a bad parameter, too many tokens, broken JSON ...): the same status and the same bytes;
+- the engine's refusals (a bad parameter, too many tokens, no messages ...): the same status and the same bytes;
 - the count of tokens: the gateway's against the engine's own counters (`vllm:prompt_tokens_total`,
   `vllm:generation_tokens_total`), of complete answers and of streams whose clients went away.
 """
@@ -19,12 +19,8 @@ import contextlib
 import http.client
 import json
 import os
-import re
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +32,10 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "bench")]
 
 import gateway
 import load
-from gateway import BenchError, Credentials, Place, Point, Series, number, pinned, progress, spread
+import reporting
+from gateway import Credentials, Place, Point, Series, number, pinned, progress, spread
+from prometheus_client.parser import text_string_to_metric_families
+from reporting import BenchError
 
 DIRECT, THROUGH = "directly", "through the gateway"
 #: Streams whose clients go away after the first events.
@@ -47,52 +46,27 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_tokens above the context": {"max_tokens": 10_000_000},
     "top_p of 7": {"top_p": 7},
     "no messages": {"messages": []},
-    "n of 0": {"n": 0},
     "messages is a number": {"messages": 3},
 }
 
 
-def page(port: int) -> list[str]:
-    """The lines of a server's metrics."""
+def tokens(port: int) -> dict[str, float]:
+    """The tokens that an engine or the gateway has read (`input`) and written (`output`) by its own metrics."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/metrics")
-        return connection.getresponse().read().decode().splitlines()
+        text = connection.getresponse().read().decode()
     finally:
         connection.close()
-
-
-def counters(port: int) -> dict[str, float]:
-    """The tokens an engine has read (`input`) and written (`output`) by its own counters."""
-    names = {"vllm:prompt_tokens_total": "input", "vllm:generation_tokens_total": "output"}
-    found = dict.fromkeys(names.values(), 0.0)
-    for line in page(port):
-        name = re.split(r"[{ ]", line, maxsplit=1)[0]
-        if name in names:
-            found[names[name]] += float(line.rpartition(" ")[2])
-    return found
-
-
-def counted(port: int) -> dict[str, float]:
-    """The same by the gateway's metrics."""
+    engine = {"vllm:prompt_tokens_total": "input", "vllm:generation_tokens_total": "output"}
     found = {"input": 0.0, "output": 0.0}
-    for line in page(port):
-        direction = re.search(r'direction="(\w+)"', line)
-        if line.startswith("rayplane_gateway_tokens_total{") and direction:
-            found[direction[1]] += float(line.rpartition(" ")[2])
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "rayplane_gateway_tokens_total":
+                found[sample.labels["direction"]] += sample.value
+            elif sample.name in engine:
+                found[engine[sample.name]] += sample.value
     return found
-
-
-def post(port: int, key: str, body: bytes) -> tuple[int, bytes]:
-    """A chat completion's status and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        connection.request("POST", "/v1/chat/completions", body, headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
 
 
 def leave(port: int, key: str, model: str, tokens: int) -> None:
@@ -120,24 +94,11 @@ class Engine:
     def shoot(self, way: str, point: Point, running: gateway.Running | None) -> None:
         """The load of one point on one way."""
         options = self.options
-        command = [
-            *(sys.executable, PROJECT / "bench" / "load.py", "--url", f"http://127.0.0.1:{self.ports[way]}"),
-            *("--key", self.keys[way], "--connections", str(point.connections), "--seconds", str(options.seconds)),
-            *("--model", options.model, "--tokens", str(options.tokens), "--warmup", "2"),
-            *(("--stream",) if point.stream else ()),
-        ]
+        more = ("--model", options.model, "--tokens", str(options.tokens), "--warmup", "2")
         before = running.cpu_s() if running else 0.0
-        done = subprocess.run(
-            pinned(options.load_core, command),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=options.seconds + 90,
-        )
-        if done.returncode:
-            raise BenchError(f"{way}: {point}: the load ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        summary = gateway.shoot(options.load_core, self.ports[way], self.keys[way], point, options.seconds, *more)
         series = self.series[way]
-        series.add(point, json.loads(done.stdout), running.cpu_s() - before if running else 0.0)
+        series.add(point, summary, running.cpu_s() - before if running else 0.0)
         if running:
             series.peak_mb.append(running.memory_mb())
 
@@ -173,7 +134,9 @@ class Engine:
         bodies = {name: json.dumps({**base, **more}).encode() for name, more in REFUSED.items()}
         lines = ["| refused | directly | through the gateway | bytes |", "| --- | --- | --- | --- |"]
         for name, body in bodies.items():
-            (status, text), (other, answer) = (post(self.ports[way], self.keys[way], body) for way in (DIRECT, THROUGH))
+            (status, text), (other, answer) = (
+                gateway.post(self.ports[way], self.keys[way], body) for way in (DIRECT, THROUGH)
+            )
             same = "the same" if answer == text else f"{answer[:300]!r} instead of {text[:300]!r}"
             if status == other == 200:
                 same = "not refused"
@@ -183,6 +146,10 @@ class Engine:
     def accounts(self) -> list[str]:
         """The gateway's count of tokens against the engine's: of complete answers, and of clients that went away."""
         options = self.options
+        try:
+            tokens(self.ports[DIRECT])
+        except ValueError:
+            return ["The engine shows no Prometheus metrics: tokens were not compared."]
         lines = [
             "| what | input: engine | gateway | output: engine | gateway |",
             "| --- | --- | --- | --- | --- |",
@@ -197,10 +164,10 @@ class Engine:
                 leave(self.ports[THROUGH], self.keys[THROUGH], options.model, 2000)
 
         for what, act in (("complete answers", complete), (f"{GONE} clients that went away", gone)):
-            before, mine = counters(self.ports[DIRECT]), counted(self.admin_port)
+            before, mine = tokens(self.ports[DIRECT]), tokens(self.admin_port)
             act()
             time.sleep(3)
-            after, now = counters(self.ports[DIRECT]), counted(self.admin_port)
+            after, now = tokens(self.ports[DIRECT]), tokens(self.admin_port)
             cells = [
                 f"{value:,.0f}"
                 for direction in ("input", "output")
@@ -222,7 +189,6 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         engine = Engine(options, place.port, place.spare_port, credentials)
         try:
             start = gateway.first_answer(running, place.port, credentials, model=options.model)
-            engine.refusals()
             parts = [engine.measure(running), engine.refusals(), engine.accounts()]
         except BenchError as error:
             raise running.failed(f"{error}\nits log") from error
@@ -250,19 +216,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 with the reason where there is nothing to measure."""
-    options = parse(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="rayplane-bench-"))
-    try:
-        text = compare(options, folder)
-    except (BenchError, OSError, subprocess.TimeoutExpired) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return reporting.run(parse(arguments), compare)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "bench")]
 
 import fake_openai
 import load
+import reporting
+from reporting import BenchError
 
 from serve_app.gateway import keys
 
@@ -60,10 +62,6 @@ LONGEST_WINDOW = 10.0
 MODEL = fake_openai.MODEL
 TOKENS = 16
 UNLIMITED = 1_000_000_000
-
-
-class BenchError(Exception):
-    """Why there is no figure."""
 
 
 def progress(what: str) -> None:
@@ -484,10 +482,15 @@ def backend(folder: Path, core: str, token_ms: float) -> Iterator[str]:
 
 def ask(port: int, key: str, *, stream: bool = False, seconds: float = 30.0, model: str = MODEL) -> tuple[int, bytes]:
     """One request as the load makes them: status and body."""
+    body = load.request(f"127.0.0.1:{port}", key, model, stream=stream).partition(b"\r\n\r\n")[2]
+    return post(port, key, body, seconds)
+
+
+def post(port: int, key: str, body: bytes, seconds: float = 30.0) -> tuple[int, bytes]:
+    """A chat completion's status and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
-        head, _, body = load.request(f"127.0.0.1:{port}", key, model, stream=stream).partition(b"\r\n\r\n")
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[2:])
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         connection.request("POST", "/v1/chat/completions", body, headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -551,6 +554,22 @@ def settle(port: int, credentials: Credentials) -> None:
         good = good + 1 if time.monotonic() - began < 0.1 else 0
 
 
+def shoot(core: str, port: int, key: str, point: Point, seconds: float, *more: str) -> dict[str, Any]:
+    """Make the load of one point with load.py, `more` being more of its options, and return what it printed."""
+    command = [
+        *(sys.executable, PROJECT / "bench" / "load.py", "--url", f"http://127.0.0.1:{port}", "--key", key),
+        *("--connections", str(point.connections), "--seconds", str(seconds)),
+        *(("--stream",) if point.stream else ()),
+        *(("--rate", str(point.rate)) if point.rate else ()),
+        *more,
+    ]
+    done = subprocess.run(pinned(core, command), capture_output=True, text=True, check=False, timeout=seconds + 60)
+    if done.returncode:
+        raise BenchError(f"{point}: the load ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
@@ -566,19 +585,7 @@ class Bench:
 
     def shoot(self, port: int, key: str, point: Point, seconds: float) -> dict[str, Any]:
         """Make the load of one point."""
-        command = [
-            *(sys.executable, PROJECT / "bench" / "load.py", "--url", f"http://127.0.0.1:{port}", "--key", key),
-            *("--connections", str(point.connections), "--seconds", str(seconds), "--model", MODEL),
-            *(("--stream",) if point.stream else ()),
-            *(("--rate", str(point.rate)) if point.rate else ()),
-        ]
-        done = subprocess.run(
-            pinned(self.arguments.load_core, command), capture_output=True, text=True, check=False, timeout=seconds + 60
-        )
-        if done.returncode:
-            raise BenchError(f"{point}: the load ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        summary: dict[str, Any] = json.loads(done.stdout)
-        return summary
+        return shoot(self.arguments.load_core, port, key, point, seconds, "--model", MODEL)
 
     def measure(self, series: Series, port: int, credentials: Credentials, running: Running | None) -> None:
         """All points of one server, once."""
@@ -802,19 +809,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 with the reason where there is nothing to measure."""
-    options = parse(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="rayplane-bench-"))
-    try:
-        text = compare(options, folder)
-    except (BenchError, OSError, subprocess.TimeoutExpired) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return reporting.run(parse(arguments), compare)
 
 
 if __name__ == "__main__":

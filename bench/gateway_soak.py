@@ -39,7 +39,8 @@ import redis
 import uvloop
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from gateway import MODEL, BenchError, Credentials, Place, Running, progress
+from gateway import MODEL, Credentials, Place, Running, progress
+from reporting import BenchError
 
 #: Shares of the requests.
 KINDS = {"plain": 0.55, "stream": 0.35, "gone before": 0.05, "gone mid-stream": 0.05}

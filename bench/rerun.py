@@ -29,7 +29,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -41,18 +40,16 @@ from typing import ClassVar
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT / "tools"), str(PROJECT / "bench")]
 
+import reporting
 from rayplane_local import python_env  # type: ignore[import-not-found,unused-ignore]
 from rayplane_local.settings import Settings  # type: ignore[import-not-found,unused-ignore]
+from reporting import BenchError
 from terraform_twin import Account, Twin, kinds
 
 OURS, THEIRS = "000000000701", "000000000702"
 FIRST_RUN_SECONDS = 600
 RUN_SECONDS = 180
 PROVIDER = "registry.terraform.io/hashicorp/aws"
-
-
-class BenchError(Exception):
-    """Why there is no figure."""
 
 
 @dataclasses.dataclass
@@ -465,18 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 with the reason where there is nothing to measure."""
     options = parse(arguments)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    folder = Path(tempfile.mkdtemp(prefix="rayplane-bench-"))
-    try:
-        text = compare(options, folder)
-    except (BenchError, NotImplementedError, subprocess.TimeoutExpired) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return reporting.run(options, compare)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -235,7 +235,7 @@ class Pool:
             session = self._session or self._open()
             async with asyncio.timeout(wait):
                 response = await session.request(method, url, data=payload, headers=sent, allow_redirects=False)
-                first = await _piece(response.content)
+                first = await response.content.readany()
             outcome = ""
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             outcome = "connect"
@@ -400,14 +400,12 @@ class Answer:
         if self._timer is None:
             self._watch()
         try:
-            piece = await _piece(self._content)
-        except BackendTimeout:
-            self._give_up("timeout")
-            raise
-        except (*_BROKEN, RuntimeError) as error:
-            # RuntimeError: aiohttp's word for reading on a connection that is closed.
-            self._give_up("broken")
-            raise BackendFailed("The backend broke off in the middle of its answer.") from error
+            piece = await self._content.readany()
+        except (BackendTimeout, *_BROKEN, RuntimeError) as error:
+            # aiohttp raises what ended the body before it hands out what had come, and has no public way past that.
+            piece = self._content._read_nowait(-1)
+            if not piece:
+                self._broken(error)
         self._since = 0.0
         if self._content.at_eof():
             self._end(self._outcome())
@@ -449,28 +447,20 @@ class Answer:
             self._pool.health.failed(self._loop.time())
             self._end(outcome)
 
+    def _broken(self, error: Exception) -> NoReturn:
+        if isinstance(error, BackendTimeout):
+            self._give_up("timeout")
+            raise error
+        # RuntimeError: aiohttp's word for reading on a connection that is closed.
+        self._give_up("broken")
+        raise BackendFailed("The backend broke off in the middle of its answer.") from error
+
     def _end(self, outcome: str) -> None:
         self._open = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._pool.left(outcome, self._seconds)
-
-
-async def _piece(content: aiohttp.StreamReader) -> bytes:
-    """What has come of a body, at least a byte before its end.
-
-    An exception that ends the body comes after the bytes that came before it: aiohttp raises it first, and what arrived
-    with the fault in one segment would be lost.
-    """
-    try:
-        return await content.readany()
-    except (*_BROKEN, BackendTimeout):
-        # aiohttp has no public way past the exception.
-        rest = content._read_nowait(-1)
-        if not rest:
-            raise
-        return rest
 
 
 def outcome_of(status: int) -> str:

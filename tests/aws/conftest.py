@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -48,12 +47,9 @@ def services() -> Path:
 
     settings = Settings(home=HOME)
     folder = python_env.folder(settings, "services")
-    settings.build_logs.mkdir(parents=True, exist_ok=True)
-    # pytest-xdist: each worker process has this fixture, and one of them makes the environment.
-    with (settings.build_logs / "tests.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            python_env.make(settings, "services", Step("services"))
+    if not folder.is_dir():
+        settings.build_logs.mkdir(parents=True, exist_ok=True)
+        python_env.make(settings, "services", Step("services"))
     return folder / "bin" / "python"
 
 
