@@ -84,6 +84,7 @@ UV_COMPILE := uv pip compile --quiet --python-version 3.11 --generate-hashes --n
 locks: bootstrap ## Pin anew what uv.lock and tools/*/requirements.in allow
 	uv lock --upgrade
 	cd $(CURDIR)/tools/go && $(UV_COMPILE)
+	cd $(CURDIR)/tools/gateway && $(UV_COMPILE) --python-platform x86_64-manylinux_2_28
 	cd $(CURDIR)/tools/model && $(UV_COMPILE) --no-deps
 	cd $(CURDIR)/tools/services && $(UV_COMPILE) --python-platform x86_64-manylinux_2_28
 	cd $(CURDIR)/tools/serve && $(UV_COMPILE) --python-platform x86_64-manylinux_2_28 --override overrides.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from .routing import Answer, Call
 from .runtime import Runtime
 from .sse import Events, cut_usage, data, is_done
 from .tracing import Trace
-from .wire import SCOPE_KEY
+from .wire import SCOPE_KEY, WHOLE_KEY, Wire
 
 #: An answer that is read as a whole has at most so many bytes.
 MAX_ANSWER = 256 * 1024 * 1024
@@ -59,6 +60,8 @@ class Exchange:
         "_started",
         "_trace",
         "_watch",
+        "_watching",
+        "_wire",
         "admission",
         "attempts",
         "backend",
@@ -101,7 +104,9 @@ class Exchange:
         self._sent: list[bytes] | None = None
         self._trace: Trace | None = None
         self._answer: Answer | None = None
-        self._watch: asyncio.Task[Message] | None = None
+        self._watch: asyncio.Future[Message] | None = None
+        self._watching = False
+        self._wire: Wire | None = scope.get(SCOPE_KEY)
         self.admission: Admission | None = None
         self.attempts = 0
         self.backend = ""
@@ -142,8 +147,7 @@ class Exchange:
             self._runtime.logs.exception("a request failed inside the gateway", error=error, request_id=self._id)
             await self._fail(GatewayError("The gateway failed on this request."))
         finally:
-            if self._watch is not None:
-                self._watch.cancel()
+            self._unwatch()
             try:
                 if self._answer is not None:
                     await self._answer.close()
@@ -178,7 +182,12 @@ class Exchange:
             return
         server = self._policy.config.server
         body = await request.read_body(
-            self._receive, headers, server.max_body_bytes, server.client_read_timeout_s, self._hold
+            self._receive,
+            headers,
+            server.max_body_bytes,
+            server.client_read_timeout_s,
+            self._hold,
+            whole=scope.get(WHOLE_KEY, False),
         )
         decoded: dict[str, Any] | None = None
         if operation == "files":
@@ -307,14 +316,27 @@ class Exchange:
         """Stop working when the caller hangs up."""
         task = asyncio.current_task()
         assert task is not None
+        self._watching = True
+        if self._wire is not None:
+            if not self._wire.watch(functools.partial(self._left, task)):
+                raise ClientGone
+            return
+        # Another ASGI server than ours.
         watch = self._watch = asyncio.ensure_future(self._receive())
 
         def ended(done: asyncio.Future[Message]) -> None:
-            if not done.cancelled() and not self.gone and self._watch is not None:
-                self.gone = True
-                task.cancel()
+            if not done.cancelled() and self._watching:
+                self._left(task)
 
         watch.add_done_callback(ended)
+
+    def _left(self, task: asyncio.Task[Any]) -> None:
+        if self.gone:
+            return
+        self.gone = True
+        if self._wire is not None and self._wire.too_slow:
+            self.code = "client_too_slow"
+        task.cancel()
 
     async def _through_cache(
         self, body: bytes, decoded: dict[str, Any] | None, chain: Chain | None, about: About | None
@@ -701,16 +723,21 @@ class Exchange:
             self._settle()
             self._unwatch()
         await self._send(message)
-        wire = self._scope.get(SCOPE_KEY)
+        wire = self._wire
         if wire is not None and wire.too_slow:
             self.code = "client_too_slow"
             raise ClientGone
 
     def _unwatch(self) -> None:
         """The end of the answer is not to be taken for the end of the caller."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.cancel()
+        if not self._watching:
+            # The connection's next request may have begun.
+            return
+        self._watching = False
+        if self._wire is not None:
+            self._wire.watch(None)
+        elif self._watch is not None:
+            self._watch.cancel()
 
     def _relays(self) -> bool:
         """Whether the answer is one of server-sent events, to which the gateway may add one."""
@@ -728,9 +755,8 @@ class Exchange:
             if self._started:
                 # Sound, a file, JSON: with an error at its end it would look like a whole one.
                 self._unwatch()
-                wire = self._scope.get(SCOPE_KEY)
-                if wire is not None:
-                    wire.abort()
+                if self._wire is not None:
+                    self._wire.abort()
                 return
             named = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             own = self._own_headers()

@@ -1,28 +1,21 @@
-"""What the gateway measures, by prometheus_client, under names that begin with `rayplane_gateway_`.
+"""What the gateway measures, under names that begin with `rayplane_gateway_`; prometheus_client writes the page.
 
-A series' child object is looked up once and kept: prometheus_client's own `labels(...)` costs more than the
-observation. Label values are names from the policy, never a caller's text: a caller could otherwise fill the memory
-with names. Unknown models are counted under the empty name.
+Label values are names from the policy, never a caller's text: a caller could otherwise fill the memory with names.
+Unknown models are counted under the empty name.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Callable, Collection
-from typing import Generic, Literal, TypeVar
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Generic, Literal, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-
-# Rates take no `_created` series.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+from prometheus_client import CollectorRegistry, Gauge, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "rayplane_gateway_"
@@ -31,7 +24,8 @@ PREFIX = "rayplane_gateway_"
 MAX_SERIES = 5000
 
 Labels = tuple[object, ...]
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+Series = TypeVar("Series", "_Number", "_Spread")
+Family = TypeVar("Family", "_Counter", "_Gauge", "_Histogram")
 
 
 def _borders(text: str) -> tuple[float, ...]:
@@ -49,29 +43,110 @@ _INTER_TOKEN_S = _borders(
 _OVERHEAD_S = _borders("0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1.0")
 
 
-class _Family(Generic[Metric]):
-    """A metric and the children of its series."""
+class _Number:
+    """A series of a counter or a gauge."""
 
-    def __init__(self, metric: Metric, labels: int) -> None:
-        self.metric: Metric = metric
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1.0) -> None:
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+class _Spread:
+    """A series of a histogram."""
+
+    __slots__ = ("_borders", "counts", "sum")
+
+    def __init__(self, borders: tuple[float, ...]) -> None:
+        self._borders = borders
+        self.counts = [0] * (len(borders) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._borders, value)] += 1
+        self.sum += value
+
+
+class _Family(Collector, Generic[Series]):
+    """A metric's series.
+
+    They belong to the event loop, where every request counts a dozen of them; those of prometheus_client take a lock
+    for each and cost five times as much. It is asked for what it is good at: the page.
+    """
+
+    def __init__(self, name: str, about: str, labels: tuple[str, ...], make: Callable[[], Series]) -> None:
+        self._name = PREFIX + name
+        self._about = about
         self._labels = labels
-        self._children: dict[Labels, Metric] = {} if labels else {(): metric}
+        self._make: Callable[[], Series] = make
+        self._series: dict[Labels, Series] = {} if labels else {(): make()}
 
-    def __getitem__(self, key: Labels) -> Metric:
-        child = self._children.get(key)
-        if child is None:
-            if len(self._children) >= MAX_SERIES:
-                key = ("other",) * self._labels
-            child = self._children[key] = self.metric.labels(*key)
-        return child
+    def __getitem__(self, key: Labels) -> Series:
+        one = self._series.get(key)
+        if one is None:
+            if len(self._series) >= MAX_SERIES:
+                key = ("other",) * len(self._labels)
+            one = self._series.setdefault(key, self._make())
+        return one
 
     def series(self) -> list[Labels]:
-        return list(self._children)
+        return list(self._series)
 
     def forget(self, key: Labels) -> None:
         """Take a series off the page."""
-        self._children.pop(key, None)
-        self.metric.remove(*key)
+        del self._series[key]
+
+    def describe(self) -> Iterable[Metric]:
+        """Its name, for the registry, which refuses a second one."""
+        return [self._family()]
+
+    def collect(self) -> Iterable[Metric]:
+        """Its series, for the page."""
+        family = self._family()
+        for key, one in self._series.items():
+            self._add(family, [str(value) for value in key], one)
+        return [family]
+
+    def _family(self) -> Metric:
+        raise NotImplementedError
+
+    def _add(self, family: Any, labels: list[str], one: Series) -> None:
+        raise NotImplementedError
+
+
+class _Counter(_Family[_Number]):
+    def _family(self) -> Metric:
+        return CounterMetricFamily(self._name, self._about, labels=self._labels)
+
+    def _add(self, family: CounterMetricFamily, labels: list[str], one: _Number) -> None:
+        family.add_metric(labels, one.value)
+
+
+class _Gauge(_Family[_Number]):
+    def _family(self) -> Metric:
+        return GaugeMetricFamily(self._name, self._about, labels=self._labels)
+
+    def _add(self, family: GaugeMetricFamily, labels: list[str], one: _Number) -> None:
+        family.add_metric(labels, one.value)
+
+
+class _Histogram(_Family[_Spread]):
+    def __init__(self, name: str, about: str, labels: tuple[str, ...], borders: tuple[float, ...]) -> None:
+        super().__init__(name, about, labels, functools.partial(_Spread, borders))
+        self._upto = [*map(str, borders), "+Inf"]
+
+    def _family(self) -> Metric:
+        return HistogramMetricFamily(self._name, self._about, labels=self._labels)
+
+    def _add(self, family: HistogramMetricFamily, labels: list[str], one: _Spread) -> None:
+        buckets = list(zip(self._upto, itertools.accumulate(map(float, one.counts)), strict=True))
+        family.add_metric(labels, buckets, one.sum)
 
 
 class Metrics:
@@ -103,7 +178,6 @@ class Metrics:
             "direction",
             "source",
         )
-        self._in_flight = self._gauge("in_flight", "Requests under way.")
         self._aborted = self._counter("aborted_total", "Requests whose client left before the answer's end.", "model")
         self._limited = self._counter("limited_total", "Requests refused by a limit or a budget.", "limit")
         self._degraded = self._gauge("degraded", "1 while limits are this replica's own, because the store is away.")
@@ -145,7 +219,7 @@ class Metrics:
         )
         ProcessCollector(registry=self._registry)
         self._now_in_flight = 0
-        self._in_flight.metric.set_function(lambda: self._now_in_flight)
+        self.pull("in_flight", "Requests under way.", lambda: self._now_in_flight)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -304,12 +378,15 @@ class Metrics:
         """The page, as `CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, about: str, *labels: str) -> _Family[Counter]:
-        return _Family(Counter(PREFIX + name, about, labels, registry=self._registry), len(labels))
+    def _counter(self, name: str, about: str, *labels: str) -> _Counter:
+        return self._known(_Counter(name, about, labels, _Number))
 
-    def _gauge(self, name: str, about: str, *labels: str) -> _Family[Gauge]:
-        return _Family(Gauge(PREFIX + name, about, labels, registry=self._registry), len(labels))
+    def _gauge(self, name: str, about: str, *labels: str) -> _Gauge:
+        return self._known(_Gauge(name, about, labels, _Number))
 
-    def _histogram(self, name: str, about: str, borders: tuple[float, ...], *labels: str) -> _Family[Histogram]:
-        metric = Histogram(PREFIX + name, about, labels, registry=self._registry, buckets=borders)
-        return _Family(metric, len(labels))
+    def _histogram(self, name: str, about: str, borders: tuple[float, ...], *labels: str) -> _Histogram:
+        return self._known(_Histogram(name, about, labels, borders))
+
+    def _known(self, family: Family) -> Family:
+        self._registry.register(family)
+        return family

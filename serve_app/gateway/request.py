@@ -232,12 +232,19 @@ def working_bytes(body: bytes) -> int:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, max_bytes: int, timeout_s: float, hold: Callable[[int], None]
+    receive: Receive,
+    headers: Headers,
+    max_bytes: int,
+    timeout_s: float,
+    hold: Callable[[int], None],
+    *,
+    whole: bool = False,
 ) -> bytes:
     """The whole body.
 
     Args:
         hold: Called with the bytes of each piece as it comes; it may refuse.
+        whole: It is there, and nothing has to be waited for.
 
     Raises:
         TooLarge: More than `max_bytes`, by its own header or in fact.
@@ -250,7 +257,9 @@ async def read_body(
     declared = headers.known.get(b"content-length", b"")
     if declared.isdigit() and int(declared[:20]) > max_bytes:
         raise TooLarge(f"The body has {declared[:20].decode()} bytes; at most {max_bytes} are taken.")
-    message = await _first(receive, timeout_s)
+    message = await (receive() if whole else _first(receive, timeout_s))
+    if message["type"] == "http.disconnect":
+        raise ClientGone
     body: bytes = message.get("body", b"")
     if len(body) > max_bytes:
         raise TooLarge(f"The body has more than {max_bytes} bytes.")
@@ -269,8 +278,6 @@ async def _first(receive: Receive, timeout_s: float) -> Message:
         raise InvalidRequest(
             f"The body did not arrive within {timeout_s:g} s.", status=408, code="request_timeout"
         ) from None
-    if message["type"] == "http.disconnect":
-        raise ClientGone
     return message
 
 

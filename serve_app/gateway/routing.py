@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import aiohttp
 import msgspec
 
+from .client import Header
 from .config import Config, Route
 from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
 from .health import Health, watch
 from .metrics import Metrics
-from .upstream import Answer, Failure, Header, Pool, outcome_of
+from .upstream import Answer, Failure, Pool, outcome_of
 
 __all__ = ["Answer", "Call", "Router"]
 
@@ -138,7 +138,7 @@ class Router:
         #: Routes whose weights were set so that no backend would get anything: the configured ones hold.
         self.ignored: frozenset[str] = frozenset()
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._checks: aiohttp.ClientSession | None = None
+        self._checking = False
         self._retired: set[Pool] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._shadows = 0
@@ -167,7 +167,7 @@ class Router:
                 watching.cancel()
             self._retired.add(pool)
             pool.retire(self._let_go)
-        if self._checks is not None:
+        if self._checking:
             self._watch()
 
     def _pool(self, name: str, config: Config) -> Pool:
@@ -204,22 +204,14 @@ class Router:
 
     async def start(self) -> None:
         """Begin to check backends. It waits for none of them: `ready` tells."""
-        # A new connection each time: a server that accepts none is found although old ones still work.
-        self._checks = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True, ttl_dns_cache=5),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-        )
+        self._checking = True
         self._watch()
 
     def _watch(self) -> None:
-        session = self._checks
-        assert session is not None
         loop = asyncio.get_running_loop()
         for name, pool in self._pools.items():
             if name not in self._watches:
-                self._watches[name] = loop.create_task(watch(pool.health, _checker(pool, session)))
+                self._watches[name] = loop.create_task(watch(pool.health, pool.check))
 
     async def close(self) -> None:
         """End checks and copies, and close every connection; what is still under way fails."""
@@ -232,9 +224,7 @@ class Router:
         self._watches.clear()
         for pool in pools:
             await pool.close()
-        if self._checks is not None:
-            await self._checks.close()
-            self._checks = None
+        self._checking = False
 
     def ready(self) -> bool:
         """Whether a backend of some route is known to work, one that gets traffic."""
@@ -380,17 +370,10 @@ class Router:
         raise Unavailable(f"No backend of the model {call.route_id} can be reached.", headers={"retry-after": "5"})
 
     async def _attempt(self, pool: Pool, call: Call, bodies: _Bodies, began: float) -> Answer:
-        url = pool.url(call.path, call.query)
         body = bodies.for_model(pool.backend.model or call.route_id)
+        head = pool.head(call.method, call.path, call.query, call.headers, len(body))
         self._metrics.backend_entered(pool.name)
-        return await pool.send(
-            call.method,
-            url,
-            call.headers,
-            body,
-            began=began,
-            model=call.route_id,
-        )
+        return await pool.send(head, body, began, model=call.route_id)
 
     async def _judge(self, pool: Pool, answer: Answer) -> tuple[bool, bool]:
         """An answer that is an error: whether another attempt is due, and whether this backend may be asked again.
@@ -548,10 +531,6 @@ def _renamed_form(body: bytes, kind: bytes, name: str) -> bytes:
             parts[place] = head + b"\r\n\r\n" + name.encode() + b"\r\n"
             return mark.join(parts)
     return body
-
-
-def _checker(pool: Pool, session: aiohttp.ClientSession) -> Callable[[], Any]:
-    return lambda: pool.check(session)
 
 
 def _repeatable(call: Call) -> bool:

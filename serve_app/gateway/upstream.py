@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import io
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
-from urllib.parse import quote
+from typing import Literal, NoReturn
+from urllib.parse import quote, urlsplit
 
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ConnectionKey
-from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDict
-from yarl import URL
-
+from .client import ClientError, ConnectError, Connections, GarbageError, Header, Response
 from .config import Backend
 from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
 from .health import Health
 
-Header = tuple[bytes, bytes]
-
-#: uvicorn (and so vLLM) closes idle connections after 5 s. Who closes first never sends into a closing connection.
-KEEP_ALIVE_S = 4.0
-#: aiohttp sends larger bodies piece by piece, and warns about them otherwise.
-_LARGE = 1 << 20
-#: Paths whose URLs are kept; there are a dozen, and callers must not fill the memory with files' names.
+#: Paths whose request lines are kept; there are a dozen, and callers must not fill the memory with files' names.
 _PATHS = 256
+#: Of the answer to a check.
+_MAX_CHECK_BYTES = 1 << 20
+#: What a path may have as it is (RFC 3986, section 3.3).
+_PATH = "/:@!$&'()*+,;=-._~"
 _HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -44,9 +34,7 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-_AUTOMATIC = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
-_BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError)
-_GARBAGE = (aiohttp.ClientResponseError, HttpProcessingError)
+_BROKEN = (ClientError, OSError)
 
 
 class Failure(Exception):  # noqa: N818 - told apart from errors that callers see
@@ -61,34 +49,6 @@ class Failure(Exception):  # noqa: N818 - told apart from errors that callers se
         super().__init__(outcome)
         self.outcome = outcome
         self.error = error
-
-
-class _Handler(ResponseHandler):
-    """aiohttp's connection. What ends it also ends the body that is being read.
-
-    aiohttp tells the body of an early end, but not of a chunk header that is none: its reader would wait for ever.
-    """
-
-    def set_exception(self, exc: BaseException, *cause: Any) -> None:
-        payload = self._payload
-        if payload is not None and payload.exception() is None and not payload.is_eof():
-            payload.set_exception(aiohttp.ClientPayloadError("the connection ended within the body"))
-        super().set_exception(exc, *cause)
-
-
-class _Connector(aiohttp.TCPConnector):
-    """aiohttp's, with a bound on idle connections."""
-
-    def __init__(self, idle: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.idle = idle
-        factory = functools.partial(_Handler, loop=self._loop)
-        self._factory = cast("functools.partial[ResponseHandler]", factory)
-
-    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        kept = self._conns.get(key)
-        full = kept is not None and len(kept) >= self.idle
-        super()._release(key, protocol, should_close=should_close or full or not self.idle)
 
 
 class Pool:
@@ -108,14 +68,17 @@ class Pool:
         #: Attempts under way.
         self.in_flight = 0
         self._ended = ended
-        self._session: aiohttp.ClientSession | None = None
         self._retired: Callable[[Pool], None] | None = None
-        self._urls: dict[str, URL] = {}
         self._tls: ssl.SSLContext | None = None
-        self._base = backend.url.rstrip("/")
+        parts = urlsplit(backend.url)
+        self._base = quote(parts.path.rstrip("/"), safe=_PATH + "%")
+        self.connections = Connections(backend.url, tls=self.tls, idle=backend.keepalive, most=backend.max_connections)
+        # A new connection each time: a server that accepts none is found although old ones still work.
+        self._checks = Connections(backend.url, tls=self.tls, idle=0)
         self._key_stamp: tuple[int, int, int] | None = None
-        self._fixed: list[tuple[str, str]] = []
-        self._own: frozenset[str] = frozenset()
+        self._fixed = b""
+        self._own: frozenset[bytes] = frozenset()
+        self._heads: dict[tuple[str, str], bytes] = {}
         self.read_key()
 
     # --- settings
@@ -137,77 +100,88 @@ class Pool:
                 # While a secret is being swapped the old one is the best there is; none at all shows as 401.
                 if self._fixed:
                     return
+        if not key.isprintable():
+            # It would be a header of its own, or none at all.
+            key = ""
         fixed = {"accept-encoding": "identity", **{name.lower(): value for name, value in backend.headers.items()}}
         if key and backend.api_key_header:
             fixed[backend.api_key_header.lower()] = key
         elif key:
             fixed["authorization"] = f"Bearer {key}"
-        self._fixed = list(fixed.items())
-        self._own = frozenset(fixed)
+        self._own = frozenset(name.encode("ascii") for name in fixed)
+        self._fixed = b"".join(
+            b"%s: %s\r\n" % (name.encode("ascii"), value.encode())
+            for name, value in {"host": self.connections.host.decode("ascii"), **fixed}.items()
+        )
+        self._heads.clear()
 
-    def tls(self) -> ssl.SSLContext | bool:
-        """How certificates are checked."""
-        verify = self.backend.verify_tls
-        if isinstance(verify, bool):
-            return verify
+    def tls(self) -> ssl.SSLContext:
+        """How certificates are checked.
+
+        Raises:
+            OSError: The file with the authorities' certificates cannot be read.
+        """
         if self._tls is None:
-            self._tls = ssl.create_default_context(cafile=verify)
+            verify = self.backend.verify_tls
+            context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+            if verify is False:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            context.set_alpn_protocols(["http/1.1"])
+            self._tls = context
         return self._tls
 
-    def _open(self) -> aiohttp.ClientSession:
-        backend = self.backend
-        connector = _Connector(
-            backend.keepalive,
-            limit=backend.max_connections,
-            keepalive_timeout=KEEP_ALIVE_S,
-            # Headless services and failed-over names change their addresses.
-            ttl_dns_cache=5,
-            ssl=self.tls(),
-        )
-        connect = backend.timeouts.connect_s
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            skip_auto_headers=_AUTOMATIC,
-            # `connect` bounds the wait for one of max_connections too.
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect, sock_read=None),
-        )
-        return self._session
-
-    def url(self, path: str, query: bytes = b"") -> URL:
-        """The backend's URL for a path (percent-decoded, as ASGI has it) and a raw query.
+    def target(self, path: str, query: bytes = b"") -> bytes:
+        """The backend's request target for a path (percent-decoded, as ASGI has it) and a raw query.
 
         Raises:
             InvalidRequest: The path goes upwards, or the query holds what a URL may not.
         """
-        url = self._urls.get(path)
-        if url is None:
-            parts = path.split("/")
-            if not path.startswith("/") or ".." in parts or "." in parts:
-                raise InvalidRequest("The path is not valid.")
-            url = URL(self._base + quote(path, safe="/:@!$&'()*+,;=-._~"), encoded=True)
-            if len(self._urls) < _PATHS:
-                self._urls[path] = url
+        parts = path.split("/")
+        if not path.startswith("/") or ".." in parts or "." in parts:
+            raise InvalidRequest("The path is not valid.")
+        target = (self._base + quote(path, safe=_PATH)).encode("ascii")
         if not query:
-            return url
-        text = query.decode("latin-1")
-        if any(not "!" <= one <= "~" or one in '"<>#' for one in text):
+            return target
+        if any(not 0x21 <= one <= 0x7E or one in b'"<>#' for one in query):
             raise InvalidRequest("The query is not valid.")
-        return URL(f"{url}?{text}", encoded=True)
+        return b"%s?%s" % (target, query)
 
-    # --- requests
-
-    async def send(
-        self, method: str, url: URL, headers: list[Header], body: bytes, began: float, *, model: str = ""
-    ) -> Answer:
-        """Send a request and wait for the first piece of its answer.
+    def head(self, method: str, path: str, query: bytes, headers: list[Header], length: int) -> bytes:
+        """A request's line and headers.
 
         Args:
             method: Of HTTP.
-            url: From `url`.
+            path: As for `target`.
+            query: As for `target`.
             headers: The caller's, end-to-end, names in lower case. The backend's own replace them.
+            length: The body's, in bytes.
+
+        Raises:
+            InvalidRequest: As `target` does; or a header holds what would be another one.
+        """
+        head = self._heads.get((method, path)) if not query else None
+        if head is None:
+            head = b"%s %s HTTP/1.1\r\n%s" % (method.encode("ascii"), self.target(path, query), self._fixed)
+            if not query and len(self._heads) < _PATHS:
+                self._heads[(method, path)] = head
+        own = self._own
+        lines = [b"%s: %s\r\n" % one for one in headers if one[0] not in own]
+        text = b"".join(lines)
+        # The parser lets no end of a line into a header; neither does this.
+        if text.count(b"\n") > len(lines) or text.count(b"\r") > len(lines) or b"\0" in text:
+            raise InvalidRequest("A header is not valid.")
+        if length or method == "POST":
+            return b"%s%scontent-length: %d\r\n\r\n" % (head, text, length)
+        return b"%s%s\r\n" % (head, text)
+
+    # --- requests
+
+    async def send(self, head: bytes, body: bytes, began: float, *, model: str = "") -> Answer:
+        """Send a request and wait for the first piece of its answer.
+
+        Args:
+            head: From `head`.
             body: To the byte.
             began: When the exchange began (the loop's time); `timeouts.total_s` counts from there.
             model: For messages.
@@ -218,60 +192,67 @@ class Pool:
         loop = asyncio.get_running_loop()
         now = loop.time()
         timeouts = self.backend.timeouts
-        sent: CIMultiDict[str] = CIMultiDict(self._fixed)
-        own = self._own
-        for name, value in headers:
-            text = name.decode("ascii", "replace")
-            if text not in own:
-                sent.add(text, value.decode("utf-8", "replace"))
-        payload: bytes | io.BytesIO | None = body or None
-        if len(body) > _LARGE:
-            payload = io.BytesIO(body)
-        response: aiohttp.ClientResponse | None = None
-        wait = max(0.0, min(timeouts.first_token_s, began + timeouts.total_s - now))
+        ends_at = began + timeouts.total_s
+        by = min(now + timeouts.first_token_s, ends_at)
+        response: Response | None = None
+        timer: asyncio.TimerHandle | None = None
         outcome = "aborted"
         self.in_flight += 1
         try:
-            session = self._session or self._open()
-            async with asyncio.timeout(wait):
-                response = await session.request(method, url, data=payload, headers=sent, allow_redirects=False)
-                first = await response.content.readany()
+            connection = self.connections.kept()
+            if connection is None:
+                # It bounds the wait for one of max_connections too.
+                async with asyncio.timeout_at(min(by, now + timeouts.connect_s)):
+                    connection = await self.connections.open()
+            response = connection.send(head, body)
+            timer = loop.call_at(by, response.fail, TimeoutError())
+            first = await response.first()
             outcome = ""
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            outcome = "connect"
-            raise Failure(outcome, Unavailable(f"No backend of the model {model} can be reached.")) from error
         except TimeoutError as error:
             outcome = "timeout"
-            told = f"The model {model} did not begin to answer within {wait:g} s."
+            if response is None and by > now + timeouts.connect_s:
+                outcome = "connect"
+                raise Failure(outcome, self._unreachable(model)) from error
+            told = f"The model {model} did not begin to answer within {max(0.0, by - now):g} s."
             raise Failure(outcome, BackendTimeout(told)) from error
+        except ConnectError as error:
+            outcome = "connect"
+            raise Failure(outcome, self._unreachable(model)) from error
         except _BROKEN as error:
-            outcome = "garbage" if isinstance(error, _GARBAGE) else "broken"
+            outcome = "garbage" if isinstance(error, GarbageError) else "broken"
             raise Failure(outcome, BackendFailed(f"The backend of the model {model} gave no answer.")) from error
         finally:
+            if timer is not None:
+                timer.cancel()
             if outcome:
                 # Cancelled too: closing the connection is what makes the backend stop its work.
                 if response is not None:
                     response.close()
                 self.left(outcome, loop.time() - now)
-        return Answer(self, response, first, loop.time() - now, began + timeouts.total_s)
+        return Answer(self, response, first, loop.time() - now, ends_at)
 
-    async def check(self, session: aiohttp.ClientSession) -> str:
+    async def check(self) -> str:
         """Ask the backend whether it is well; what is wrong, or an empty text."""
         settings = self.backend.health
         self.read_key()
-        timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+        head = b"GET %s HTTP/1.1\r\n%sconnection: close\r\n\r\n"
+        head %= (self._base + quote(settings.path, safe=_PATH + "?%")).encode(), self._fixed
+        response: Response | None = None
         try:
-            url = URL(self._base + settings.path, encoded=True)
-            async with session.get(
-                url, headers=self._fixed, timeout=timeout, allow_redirects=False, ssl=self.tls()
-            ) as response:
-                if 200 <= response.status < 300:
-                    return ""
-                return f"status {response.status}"
+            async with asyncio.timeout(settings.timeout_s):
+                connection = await self._checks.open()
+                response = connection.send(head, b"")
+                size = len(await response.first())
+                while size <= _MAX_CHECK_BYTES and not response.over:
+                    size += len(await response.piece())
+            return "" if 200 <= response.status < 300 else f"status {response.status}"
         except TimeoutError:
             return f"no answer within {settings.timeout_s:g} s"
-        except (*_BROKEN, ValueError) as error:
-            return type(error).__name__
+        except _BROKEN as error:
+            return str(error) or type(error).__name__
+        finally:
+            if response is not None:
+                response.close()
 
     def left(self, outcome: str, seconds: float) -> None:
         """An attempt ended."""
@@ -290,9 +271,12 @@ class Pool:
 
     async def close(self) -> None:
         """Close all connections; attempts under way fail."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        for connections in (self.connections, self._checks):
+            await connections.close()
+
+    @staticmethod
+    def _unreachable(model: str) -> Unavailable:
+        return Unavailable(f"No backend of the model {model} can be reached.")
 
 
 class Answer:
@@ -302,7 +286,6 @@ class Answer:
     """
 
     __slots__ = (
-        "_content",
         "_ends_at",
         "_first",
         "_loop",
@@ -319,19 +302,16 @@ class Answer:
         "variant",
     )
 
-    def __init__(
-        self, pool: Pool, response: aiohttp.ClientResponse, first: bytes, seconds: float, ends_at: float
-    ) -> None:
+    def __init__(self, pool: Pool, response: Response, first: bytes, seconds: float, ends_at: float) -> None:
         self.status: int = response.status
         #: End-to-end headers, names in lower case.
-        self.headers: list[Header] = _end_to_end(response.raw_headers)
+        self.headers: list[Header] = _end_to_end(response.headers)
         self.backend = pool.name
         self.variant: Literal["main", "canary", "shadow"] = "main"
         #: Requests that were sent until this answer came.
         self.attempts = 1
         self._pool = pool
         self._response = response
-        self._content = response.content
         self._first: bytes | None = first
         self._seconds = seconds
         self._ends_at = ends_at
@@ -340,8 +320,8 @@ class Answer:
         #: When the wait for the next piece began; 0: nobody waits.
         self._since = 0.0
         self._open = True
-        if self._content.at_eof():
-            self._end(self._outcome())
+        if response.over:
+            self._end(outcome_of(self.status))
 
     def header(self, name: bytes) -> bytes:
         """A header's value, or nothing."""
@@ -396,19 +376,19 @@ class Answer:
                 return first
         if not self._open:
             raise StopAsyncIteration
-        self._since = self._loop.time()
-        if self._timer is None:
-            self._watch()
-        try:
-            piece = await self._content.readany()
-        except (BackendTimeout, *_BROKEN, RuntimeError) as error:
-            # aiohttp raises what ended the body before it hands out what had come, and has no public way past that.
-            piece = self._content._read_nowait(-1)
-            if not piece:
+        response = self._response
+        piece = response.take()
+        if not piece and not response.complete:
+            self._since = self._loop.time()
+            if self._timer is None:
+                self._watch()
+            try:
+                piece = await response.piece()
+            except (BackendTimeout, ClientError) as error:
                 self._broken(error)
-        self._since = 0.0
-        if self._content.at_eof():
-            self._end(self._outcome())
+            self._since = 0.0
+        if response.over:
+            self._end(outcome_of(self.status))
         if not piece:
             raise StopAsyncIteration
         return piece
@@ -430,16 +410,13 @@ class Answer:
         between = self._pool.backend.timeouts.between_tokens_s
         if now >= self._ends_at:
             total = self._pool.backend.timeouts.total_s
-            self._content.set_exception(BackendTimeout(f"The answer took longer than {total:g} s."))
+            self._response.fail(BackendTimeout(f"The answer took longer than {total:g} s."))
             return
         late = (self._since or now) + between
         if now >= late:
-            self._content.set_exception(BackendTimeout(f"The backend sent nothing for {between:g} s."))
+            self._response.fail(BackendTimeout(f"The backend sent nothing for {between:g} s."))
             return
         self._timer = self._loop.call_at(min(late, self._ends_at), self._watch)
-
-    def _outcome(self) -> str:
-        return outcome_of(self.status)
 
     def _give_up(self, outcome: str) -> None:
         if self._open:
@@ -451,7 +428,6 @@ class Answer:
         if isinstance(error, BackendTimeout):
             self._give_up("timeout")
             raise error
-        # RuntimeError: aiohttp's word for reading on a connection that is closed.
         self._give_up("broken")
         raise BackendFailed("The backend broke off in the middle of its answer.") from error
 
@@ -472,10 +448,9 @@ def outcome_of(status: int) -> str:
     return "client_error" if status < 500 else "error"
 
 
-def _end_to_end(raw: Sequence[Header]) -> list[Header]:
-    headers = [(name.lower(), value) for name, value in raw]
-    named: set[bytes] = set()
+def _end_to_end(headers: list[Header]) -> list[Header]:
+    named = _HOP_BY_HOP
     for name, value in headers:
         if name == b"connection":
-            named.update(one.strip().lower() for one in value.split(b","))
-    return [one for one in headers if one[0] not in _HOP_BY_HOP and one[0] not in named]
+            named = named.union(one.strip().lower() for one in value.split(b","))
+    return [one for one in headers if one[0] not in named]

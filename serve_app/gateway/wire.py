@@ -20,15 +20,16 @@ import asyncio
 import contextlib
 import http
 import math
+import re
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .errors import GatewayError, InvalidRequest
 
@@ -43,6 +44,8 @@ LINGER_IDLE_S: Final = 5.0
 KEEP_ALIVE_S: Final = 75
 #: The connection's handle in an ASGI scope: a `Wire`.
 SCOPE_KEY: Final = "rayplane.wire"
+#: In an ASGI scope, and true, as soon as the request has been read to its end.
+WHOLE_KEY: Final = "rayplane.whole"
 
 #: Where `struct tcp_info` (linux/tcp.h) has `tcpi_bytes_acked`.
 _ACKED: Final = slice(120, 128)
@@ -64,10 +67,11 @@ class Bounds:
 class Wire:
     """A connection as an answer sees it. uvicorn takes it for the transport until the request has been read."""
 
-    __slots__ = ("_protocol", "is_closing", "too_slow", "write")
+    __slots__ = ("_on_lost", "_protocol", "is_closing", "too_slow", "write")
 
     def __init__(self, protocol: BoundedProtocol, transport: asyncio.Transport) -> None:
         self._protocol: BoundedProtocol | None = protocol
+        self._on_lost: Callable[[], None] | None = None
         self.write = transport.write
         self.is_closing = transport.is_closing
         #: The client took nothing of an answer for too long.
@@ -83,9 +87,73 @@ class Wire:
         if self._protocol is not None:
             self._protocol.abort()
 
+    def watch(self, on_lost: Callable[[], None] | None) -> bool:
+        """Call `on_lost` (of the answer under way; None: nothing any more) when the connection ends; false: it has."""
+        protocol = self._protocol
+        if protocol is None:
+            return False
+        self._on_lost = on_lost
+        if on_lost is not None:
+            # A large body may have stopped it; an end that is not read is not seen.
+            protocol.flow.resume_reading()
+        return True
+
     def lost(self) -> None:
         """The connection is gone."""
         self._protocol = None
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+
+class _Done:
+    """Something to wait for that has happened."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
+
+
+_DONE: Final = _Done()
+#: What stands in no header, but for the ends of lines.
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class _Cycle(RequestResponseCycle):
+    """uvicorn's request and answer. It looks at each header by itself; here an answer's head is written in one go."""
+
+    def send(self, message: Any) -> Awaitable[None]:  # type: ignore[override]
+        if (
+            self.response_started
+            or self.disconnected
+            or self.flow.write_paused
+            or message["type"] != "http.response.start"
+        ):
+            return super().send(message)
+        status = message["status"]
+        lines = [STATUS_LINE[status]]
+        length = None
+        headers = [*self.default_headers, *message["headers"]]
+        for one in headers:
+            if one[0] == b"content-length":
+                length = one[1]
+            elif one[0] == b"connection" or one[0] == b"transfer-encoding":
+                return super().send(message)
+            lines.append(b"%s: %s\r\n" % one)
+        text = b"".join(lines)
+        ends = len(lines)
+        if text.count(b"\n") != ends or text.count(b"\r") != ends or _CONTROL.search(text):
+            raise RuntimeError("a header of the answer holds what no header can")
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        if length is not None:
+            self.expected_content_length = int(length)
+            self.chunked_encoding = False
+        elif self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            text += b"transfer-encoding: chunked\r\n"
+        self.transport.write(text + (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"))
+        return _DONE
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -237,6 +305,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._quiet = 0
         cycle = self.cycle
+        cast(dict[str, Any], cycle.scope)[WHOLE_KEY] = True
         cycle.transport = self.transport
         if not cycle.response_started:
             cycle.keep_alive = self._keep
@@ -246,6 +315,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.__class__ = _Cycle
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

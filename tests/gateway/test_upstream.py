@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -333,16 +334,16 @@ def test_audio_and_get(backend: FakeBackend) -> None:
 @pytest.mark.parametrize("path", ["/v1/files/../../metrics", "/v1/./files", "v1/files", "/v1/files/.."])
 def test_paths_do_not_go_upwards(path: str) -> None:
     with pytest.raises(InvalidRequest, match="path"):
-        pool().url(path)
+        pool().target(path)
 
 
 def test_paths_and_queries_are_encoded() -> None:
     one = pool(url="http://10.0.0.1:8000/base/")
-    assert str(one.url("/v1/files/a b%2e\r\nx?y#z")) == "http://10.0.0.1:8000/base/v1/files/a%20b%252e%0D%0Ax%3Fy%23z"
-    assert str(one.url("/v1/models", b"limit=1&x=%41")) == "http://10.0.0.1:8000/base/v1/models?limit=1&x=%41"
+    assert one.target("/v1/files/a b%2e\r\nx?y#z") == b"/base/v1/files/a%20b%252e%0D%0Ax%3Fy%23z"
+    assert one.target("/v1/models", b"limit=1&x=%41") == b"/base/v1/models?limit=1&x=%41"
     for query in (b"a b", b"a#b", b"a\r\nb", b"\xff"):
         with pytest.raises(InvalidRequest, match="query"):
-            one.url("/v1/models", query)
+            one.target("/v1/models", query)
 
 
 @pytest.mark.parametrize("fault", [b"zz\r\nnot a chunk\r\n", b""], ids=["garbage", "gone"])
@@ -361,7 +362,8 @@ def test_what_came_before_a_fault_is_read_by_a_reader_that_is_late(fault: bytes)
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
             one = pool(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
-            answer = await one.send("GET", one.url("/v1/models"), [], b"", asyncio.get_running_loop().time())
+            head = one.head("GET", "/v1/models", b"", [], 0)
+            answer = await one.send(head, b"", asyncio.get_running_loop().time())
             more.set()
             await asyncio.sleep(0.2)
             with pytest.raises(BackendFailed, match="broke off"):
@@ -373,23 +375,45 @@ def test_what_came_before_a_fault_is_read_by_a_reader_that_is_late(fault: bytes)
     assert pieces == [b"one", b"two"]
 
 
+def test_nothing_becomes_a_header_of_its_own(tmp_path: Path) -> None:
+    one = pool(headers={"X-Team": "a"})
+    for value in (b"a\r\nx-evil: 1", b"a\nb", b"a\rb", b"a\0"):
+        for headers in ([(b"x-one", value)], [(b"x-team", b"b"), (b"accept", b"*/*"), (b"x-one", value)]):
+            with pytest.raises(InvalidRequest, match="header"):
+                one.head("GET", "/v1/models", b"", headers, 0)
+    secret = tmp_path / "key"
+    secret.write_text("good\r\nx-evil: 1")
+    assert b"evil" not in pool(api_key_file=str(secret)).head("GET", "/v1/models", b"", [], 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "told"), [("GET", 0, False), ("DELETE", 0, False), ("POST", 0, True), ("POST", 5, True)]
+)
+def test_the_length_of_a_body_is_told(method: str, length: int, told: bool) -> None:
+    head = pool(url="http://engine:1").head(method, "/v1/files", b"", [], length)
+    assert (b"content-length: %d\r\n" % length in head) is told
+    assert head.startswith(b"%s /v1/files HTTP/1.1\r\nhost: engine:1\r\n" % method.encode())
+    assert head.endswith(b"\r\n\r\n")
+
+
 def test_callers_cannot_fill_the_memory_with_paths() -> None:
     one = pool()
     for number in range(2000):
-        one.url(f"/v1/files/{number}")
-    assert len(one._urls) < 1000
+        one.head("GET", f"/v1/files/{number}", b"", [], 0)
+    assert len(one._heads) < 1000
 
 
 def test_tls_settings(tmp_path: Path) -> None:
-    assert pool().tls() is True
-    assert pool(verify_tls=False).tls() is False
+    assert pool().tls().verify_mode is ssl.CERT_REQUIRED
+    assert pool(verify_tls=False).tls().verify_mode is ssl.CERT_NONE
     with pytest.raises(OSError, match="No such file"):
         pool(verify_tls=str(tmp_path / "absent.pem")).tls()
 
 
 def test_a_missing_ca_file_is_a_failed_backend(backend: FakeBackend, tmp_path: Path) -> None:
     async def main() -> None:
-        async with routed(settings({"one": backend.url}, {"retries": 0}, verify_tls=str(tmp_path / "absent"))) as it:
+        url = backend.url.replace("http:", "https:")
+        async with routed(settings({"one": url}, {"retries": 0}, verify_tls=str(tmp_path / "absent"))) as it:
             with pytest.raises(BackendFailed):
                 await it.ask()
             assert it.metric("backend_in_flight") == 0
@@ -425,6 +449,6 @@ def test_an_old_backend_ends_with_its_last_request(backend: FakeBackend) -> None
             await asyncio.sleep(0)
             await asyncio.sleep(0.05)
             assert not it.router._retired
-            assert old._session is None
+            assert len(old.connections) == 0
 
     run(main())
