@@ -116,6 +116,14 @@ def cut_usage(event: bytes) -> tuple[bytes, Usage | None]:
     place = event.rfind(b'"usage"')
     if place < 0:
         return event, None
+    if event.startswith(b',"usage":{', place - 1) and event.endswith(b"}}\n\n"):
+        # As vLLM writes it: the last member, plain. Its end is the outermost object's but for one brace.
+        value = event[place + 8 : -3]
+        if value.count(b"{") == 1 and value.count(b"}") == 1:
+            try:
+                return event[: place - 1] + b"}\n\n", _usage.decode(value)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return event, None
     comma = event.rfind(b",", 0, place)
     match = _USAGE.match(event, comma) if comma >= 0 else None
     if match is None:

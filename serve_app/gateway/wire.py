@@ -119,26 +119,44 @@ _DONE: Final = _Done()
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
+#: Larger bodies are not copied behind their head.
+_JOINED: Final = 64 * 1024
+
+
 class _Cycle(RequestResponseCycle):
-    """uvicorn's request and answer. It looks at each header by itself; here an answer's head is written in one go."""
+    """uvicorn's request and answer. It looks at each header by itself, and sends an answer's head before its body; here
+    both are written in one go, for each write is a system call.
+    """
+
+    #: A head that waits for the body's first piece.
+    _head = b""
 
     def send(self, message: Any) -> Awaitable[None]:  # type: ignore[override]
-        if (
-            self.response_started
-            or self.disconnected
-            or self.flow.write_paused
-            or message["type"] != "http.response.start"
-        ):
-            return super().send(message)
+        if self.disconnected or self.flow.write_paused or self.response_complete:
+            return self._wait(message)
+        kind = message["type"]
+        if kind == "http.response.body" and self.response_started:
+            self._body(message)
+            return _DONE
+        if kind == "http.response.start" and not self.response_started and self._start(message):
+            return _DONE
+        return super().send(message)
+
+    async def _wait(self, message: Any) -> None:
+        if self._head and not self.disconnected:
+            self.transport.write(self._head)
+        self._head = b""
+        await super().send(message)
+
+    def _start(self, message: Any) -> bool:
         status = message["status"]
         lines = [STATUS_LINE[status]]
         length = None
-        headers = [*self.default_headers, *message["headers"]]
-        for one in headers:
+        for one in (*self.default_headers, *message["headers"]):
             if one[0] == b"content-length":
                 length = one[1]
             elif one[0] == b"connection" or one[0] == b"transfer-encoding":
-                return super().send(message)
+                return False
             lines.append(b"%s: %s\r\n" % one)
         text = b"".join(lines)
         ends = len(lines)
@@ -152,8 +170,38 @@ class _Cycle(RequestResponseCycle):
         elif self.scope["method"] != "HEAD" and status not in (204, 304):
             self.chunked_encoding = True
             text += b"transfer-encoding: chunked\r\n"
-        self.transport.write(text + (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"))
-        return _DONE
+        self._head = text + (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        return True
+
+    def _body(self, message: Any) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        head, self._head = self._head, b""
+        if self.scope["method"] == "HEAD":
+            body = b""
+            self.expected_content_length = 0
+        elif self.chunked_encoding:
+            if body:
+                body = b"%x\r\n%s\r\n" % (len(body), body)
+            if not more:
+                body += b"0\r\n\r\n"
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0:
+                raise RuntimeError("the answer is longer than its Content-Length")
+        if head and len(body) > _JOINED:
+            self.transport.write(head)
+            head = b""
+        if head or body:
+            self.transport.write(head + body if head else body)
+        if more:
+            return
+        if self.expected_content_length:
+            raise RuntimeError("the answer is shorter than its Content-Length")
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
 
 
 class BoundedProtocol(HttpToolsProtocol):
