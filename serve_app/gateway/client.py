@@ -27,6 +27,9 @@ KEEP_ALIVE_S: Final = 4.0
 _RESOLVED_S: Final = 5.0
 #: RFC 8305: how long the first address is tried before the next one is tried beside it.
 _NEXT_ADDRESS_S: Final = 0.25
+#: A server whose host is silent is asked for a sign of life: after so many seconds, and so many times.
+_PROBE_S: Final = 10
+_PROBES: Final = 3
 #: Bytes of a body that wait to be read before the server is held up.
 _HIGH_WATER: Final = 256 * 1024
 #: Bytes without a piece of a body: an answer's head, a chunk's extensions, trailers.
@@ -416,8 +419,7 @@ class Connections:
             addresses = await self._resolve()
             sock = await start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS_S, loop=loop)
             try:
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _tune(sock)
                 _, connection = await loop.create_connection(
                     lambda: Connection(self),
                     sock=sock,
@@ -501,6 +503,20 @@ class Connections:
         for _ in range(_ROUNDS):
             if self._all:
                 await asyncio.sleep(0)
+
+
+def _tune(sock: socket.socket) -> None:
+    """A host that is gone says nothing: it is found by what it does not acknowledge, long before the time-outs of an
+    answer that may well take minutes.
+    """
+    options = [(socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+    options += [(socket.IPPROTO_TCP, "TCP_KEEPIDLE", _PROBE_S), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_S)]
+    options += [(socket.IPPROTO_TCP, "TCP_KEEPCNT", _PROBES)]
+    options += [(socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", _PROBE_S * (_PROBES + 1) * 1000)]
+    for level, name, value in options:
+        # Not every system has all of them.
+        with contextlib.suppress(AttributeError, OSError):
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 async def _look_up(host: str, port: int) -> list[Any]:

@@ -538,6 +538,23 @@ def test_a_server_that_is_away() -> None:
     run(main())
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
+def test_a_silent_host_is_asked_for_a_sign_of_life() -> None:
+    async def main() -> None:
+        async with serving(always) as (_, connections):
+            connection = await connections.open()
+            assert connection._transport is not None
+            sock = connection._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            between = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            times = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            gives_up = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert idle + between * times == gives_up / 1000 <= 60
+
+    run(main())
+
+
 def test_the_next_address_is_tried_and_all_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(always) as (one, _), serving(always) as (two, _):

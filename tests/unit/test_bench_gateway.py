@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import math
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,11 @@ def test_what_warms_up_is_flat_and_what_leaks_is_not() -> None:
     assert grown == pytest.approx(445 / 60)
     noisy = gateway_soak.verdicts(samples(lambda at: 80 + (at % 15) / 5))
     assert noisy["memory MB"][0]
+    # Drawn at random: a line through it rises by some megabytes, or falls.
+    draw = random.Random(3)
+    scatter = {at: draw.gauss(50, 15) for at in map(float, range(0, 600, 5))}
+    assert gateway_soak.verdicts(samples(scatter.__getitem__))["memory MB"][0]
+    assert not gateway_soak.verdicts(samples(lambda at: scatter[at] + at / 10))["memory MB"][0]
 
 
 def test_the_soaks_table_has_its_first_and_last_sample() -> None:
