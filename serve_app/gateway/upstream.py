@@ -16,7 +16,7 @@ from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest,
 from .health import Health
 
 #: Paths whose request lines are kept; there are a dozen, and callers must not fill the memory with files' names.
-_PATHS = 256
+_MOST_HEADS = 256
 #: Of the answer to a check.
 _MAX_CHECK_BYTES = 1 << 20
 #: What a path may have as it is (RFC 3986, section 3.3).
@@ -163,7 +163,7 @@ class Pool:
         head = self._heads.get((method, path)) if not query else None
         if head is None:
             head = b"%s %s HTTP/1.1\r\n%s" % (method.encode("ascii"), self.target(path, query), self._fixed)
-            if not query and len(self._heads) < _PATHS:
+            if not query and len(self._heads) < _MOST_HEADS:
                 self._heads[(method, path)] = head
         own = self._own
         lines = [b"%s: %s\r\n" % one for one in headers if one[0] not in own]

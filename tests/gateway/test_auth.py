@@ -127,6 +127,9 @@ def test_the_scheme_has_no_case_and_spaces_do_not_matter(scheme: bytes) -> None:
         (bearer("a.b.c"), "invalid_token"),
         (bearer(OLD.key), "expired_api_key"),
     ],
+    ids=(
+        "none empty scheme blank basic bare sk other short long accent byte nul tab two mixed upper hash huge token old"
+    ).split(),
 )
 def test_headers_that_are_refused(header: bytes | None, code: str) -> None:
     error = refused(policy(), header)
