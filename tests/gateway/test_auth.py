@@ -127,9 +127,8 @@ def test_the_scheme_has_no_case_and_spaces_do_not_matter(scheme: bytes) -> None:
         (bearer("a.b.c"), "invalid_token"),
         (bearer(OLD.key), "expired_api_key"),
     ],
-    ids=(
-        "none empty scheme blank basic bare sk other short long accent byte nul tab two mixed upper hash huge token old"
-    ).split(),
+    # Keys are made anew each time: a test keeps its name all the same.
+    ids=map(str, range(21)),
 )
 def test_headers_that_are_refused(header: bytes | None, code: str) -> None:
     error = refused(policy(), header)
@@ -206,7 +205,11 @@ def test_anonymous_callers_where_they_are_allowed(header: bytes | None) -> None:
     assert who(policy("anyone"), bearer(ALICE.key)).id == "alice-1"
 
 
-@pytest.mark.parametrize("header", [bearer(keys.generate().key), bearer(OLD.key), bearer("rp-x"), bearer("a.b.c")])
+@pytest.mark.parametrize(
+    "header",
+    [bearer(keys.generate().key), bearer(OLD.key), bearer("rp-x"), bearer("a.b.c")],
+    ids=["other", "old", "short", "token"],
+)
 def test_a_wrong_key_or_token_is_not_anonymous(header: bytes) -> None:
     refused(policy("anyone"), header)
 

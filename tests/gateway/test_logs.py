@@ -137,7 +137,7 @@ SECRETS = [
 ]
 
 
-@pytest.mark.parametrize(("secret", "shown"), SECRETS)
+@pytest.mark.parametrize(("secret", "shown"), SECRETS, ids=["own", "openai", "jwt", "aws"])
 @pytest.mark.parametrize(
     "around", ["{}", "key {} refused", "\n{}\t", "\x1b{}", '"{}"', "Bearer {}", "(x={})", "ü{}", "\\{}"]
 )
