@@ -1,8 +1,8 @@
 """HTTP/1.1 to one server: connections that are kept, and answers that are read as they arrive.
 
-llhttp (through httptools) reads what comes. A general client (aiohttp) stood here before; it took two fifths of the
-gateway's time for a request, and a third of its start. What a gateway needs of one is little: it sends bodies that are
-whole, follows no redirects, keeps no cookies and decodes nothing.
+llhttp (through httptools) reads what comes, and takes nothing that is not HTTP/1.1 to the letter. A general client
+(aiohttp) stood here before; it took two fifths of the gateway's time for a request, and a third of its start. What a
+gateway needs of one is little: it sends bodies that are whole, follows no redirects, keeps no cookies, decodes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
@@ -177,6 +177,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = httptools.HttpResponseParser(self)
         self._response: Response | None = None
         self._interim = False
+        self._cut = False
         self._done = False
         self._keep = False
         self._paused = False
@@ -208,14 +209,10 @@ class Connection(asyncio.Protocol):
         return response
 
     def abort(self) -> None:
-        """Close it at once."""
+        """Close it at once. What was under way is not whole, whatever it looks like."""
+        self._cut = True
         if self._transport is not None:
             self._transport.abort()
-
-    def close(self) -> None:
-        """Close it after what was written."""
-        if self._transport is not None:
-            self._transport.close()
 
     def go_on(self) -> None:
         """Read again, after more had come than was read."""
@@ -227,6 +224,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        if hasattr(transport, "set_read_buffer_limits"):
+            # Over TLS: otherwise a pause holds up the reader alone, and what the socket goes on to give, a close
+            # behind a large answer say, would throw away what was not read.
+            transport.set_read_buffer_limits(1)
 
     def data_received(self, data: bytes) -> None:
         response = self._response
@@ -270,7 +271,7 @@ class Connection(asyncio.Protocol):
         if response is None:
             return
         response.ended()
-        if exc is None and response.whole_at_end():
+        if exc is None and not self._cut and response.whole_at_end():
             response.complete = True
             response.told()
         else:
@@ -294,6 +295,8 @@ class Connection(asyncio.Protocol):
         if response is None or self._done:
             return
         status = self._parser.get_status_code()
+        if status < 100:
+            raise GarbageError(f"status {status}")
         if status < 200:
             # 100, 102 and 103 announce the answer, and are not it.
             self._interim = True
@@ -333,7 +336,9 @@ class Connections:
         self._secure = parts.scheme == "https"
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._secure else 80)
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        # A dot at the end keeps resolvers from their search lists, and is no part of the name itself.
+        self._name = self._host.rstrip(".")
+        host = f"[{self._host}]" if ":" in self._host else self._name
         told = f"{host}:{parts.port}" if parts.port else host
         #: What the header Host says.
         self.host = told.encode("ascii") if told.isascii() else told.encode("idna")
@@ -350,7 +355,7 @@ class Connections:
         self._addresses: list[Any] = []
         self._stale_at = 0.0
         self._turn = 0
-        self._resolving = asyncio.Lock()
+        self._resolving: asyncio.Task[list[Any]] | None = None
 
     def __len__(self) -> int:
         """Connections that are open."""
@@ -364,7 +369,7 @@ class Connections:
             # Only now is it certain how long it was idle: the sweeper comes when the loop has time.
             if connection.usable and asyncio.get_running_loop().time() - connection.idle_since < KEEP_ALIVE_S:
                 return connection
-            connection.close()
+            connection.abort()
         return None
 
     async def open(self) -> Connection:
@@ -424,7 +429,7 @@ class Connections:
                     lambda: Connection(self),
                     sock=sock,
                     ssl=context,
-                    server_hostname=self._host if context is not None else None,
+                    server_hostname=self._name if context is not None else None,
                 )
             except BaseException:
                 sock.close()
@@ -436,14 +441,22 @@ class Connections:
 
     async def _resolve(self) -> list[Any]:
         loop = asyncio.get_running_loop()
-        async with self._resolving:
-            if loop.time() >= self._stale_at:
-                self._addresses = await _look_up(self._host, self._port)
-                self._stale_at = loop.time() + _RESOLVED_S
+        if loop.time() >= self._stale_at:
+            # One look-up for all who wait; who gives up leaves it to the others, and to the next one.
+            if self._resolving is None:
+                self._resolving = loop.create_task(_look_up(self._host, self._port))
+                self._resolving.add_done_callback(self._resolved)
+            await asyncio.shield(self._resolving)
         # Each in turn: the resolver's order would send everything to one of a headless service's pods.
         addresses = self._addresses
         self._turn = turn = (self._turn + 1) % len(addresses)
         return addresses[turn:] + addresses[:turn]
+
+    def _resolved(self, done: asyncio.Task[list[Any]]) -> None:
+        self._resolving = None
+        if not done.cancelled() and done.exception() is None:
+            self._addresses = done.result()
+            self._stale_at = asyncio.get_running_loop().time() + _RESOLVED_S
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection whose answer has come."""
@@ -453,7 +466,7 @@ class Connections:
                 waiter.set_result(connection)
                 return
         if len(self._idle) >= self._most_idle:
-            connection.close()
+            connection.abort()
             return
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
@@ -488,31 +501,39 @@ class Connections:
                 self._sweeper = loop.call_at(due, self._sweep)
                 return
             del self._idle[oldest]
-            oldest.close()
+            oldest.abort()
+
+    async def let_go(self) -> None:
+        """Close what is idle, and from now on every connection after its answer."""
+        self._most_idle = 0
+        await self._end(self._idle)
 
     async def close(self) -> None:
         """Close all connections for good; requests under way fail."""
         self._closed = True
+        if self._resolving is not None:
+            self._resolving.cancel()
+        await self._end(self._all)
+
+    async def _end(self, those: Iterable[Connection]) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        ending = list(those)
         self._idle.clear()
-        for connection in list(self._all):
+        for connection in ending:
             connection.abort()
         # The loop closes sockets in its next rounds.
         for _ in range(_ROUNDS):
-            if self._all:
+            if not self._all.isdisjoint(ending):
                 await asyncio.sleep(0)
 
 
 def _tune(sock: socket.socket) -> None:
-    """A host that is gone says nothing: it is found by what it does not acknowledge, long before the time-outs of an
-    answer that may well take minutes.
-    """
+    """A host that is gone says nothing: it is found long before the time-outs of an answer that may take minutes."""
     options = [(socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
     options += [(socket.IPPROTO_TCP, "TCP_KEEPIDLE", _PROBE_S), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_S)]
     options += [(socket.IPPROTO_TCP, "TCP_KEEPCNT", _PROBES)]
-    options += [(socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", _PROBE_S * (_PROBES + 1) * 1000)]
     for level, name, value in options:
         # Not every system has all of them.
         with contextlib.suppress(AttributeError, OSError):

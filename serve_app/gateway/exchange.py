@@ -552,6 +552,9 @@ class Exchange:
         size, limit = 0, self._policy.config.cache.max_entry_bytes
         done = False
         await self._start(200, [*_returned(answer.headers), *self._own_headers()])
+        if filtered is not None:
+            # The first words may be held back for a while; that there is an answer need not be.
+            await self._body(b"", more=True)
         async for piece in answer.pieces():
             self._time_piece()
             out: list[bytes] = []

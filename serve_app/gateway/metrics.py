@@ -109,7 +109,8 @@ class _Family(Collector, Generic[Series]):
     def collect(self) -> Iterable[Metric]:
         """Its series, for the page."""
         family = self._family()
-        for key, one in self._series.items():
+        # In one go: the page is written in a thread of its own.
+        for key, one in list(self._series.items()):
             self._add(family, [str(value) for value in key], one)
         return [family]
 

@@ -228,6 +228,9 @@ class _Rules:
             good = (
                 parts.scheme in schemes and (bool(parts.hostname) or parts.scheme == "unix") and (parts.port or 1) > 0
             )
+            if not (parts.hostname or "").isascii():
+                # As the resolver and the backend are told it.
+                (parts.hostname or "").encode("idna")
         except ValueError:
             good = False
         if not good or any(one.isspace() for one in url):

@@ -193,7 +193,7 @@ class Router:
         self._metrics.backend_left(name)
 
     def _let_go(self, pool: Pool) -> None:
-        task = asyncio.get_running_loop().create_task(pool.close())
+        task = asyncio.get_running_loop().create_task(pool.let_go())
         self._tasks.add(task)
 
         def closed(done: asyncio.Task[None]) -> None:

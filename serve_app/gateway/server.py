@@ -55,7 +55,6 @@ def _server(app: Any, drain_s: float, bounds: Bounds) -> _Server:
             access_log=False,
             log_config=None,
             server_header=False,
-            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
             backlog=4096,

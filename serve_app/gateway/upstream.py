@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Literal, NoReturn
 from urllib.parse import quote, urlsplit
 
-from .client import ClientError, ConnectError, Connections, GarbageError, Header, Response
+from .client import BrokenError, ClientError, ConnectError, Connection, Connections, GarbageError, Header, Response
 from .config import Backend
 from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
 from .health import Health
 
 #: Paths whose request lines are kept; there are a dozen, and callers must not fill the memory with files' names.
 _MOST_HEADS = 256
-#: Of the answer to a check.
-_MAX_CHECK_BYTES = 1 << 20
 #: What a path may have as it is (RFC 3986, section 3.3).
 _PATH = "/:@!$&'()*+,;=-._~"
 _HOP_BY_HOP = frozenset(
@@ -199,18 +197,25 @@ class Pool:
         outcome = "aborted"
         self.in_flight += 1
         try:
-            connection = self.connections.kept()
-            if connection is None:
-                # It bounds the wait for one of max_connections too.
-                async with asyncio.timeout_at(min(by, now + timeouts.connect_s)):
-                    connection = await self.connections.open()
-            response = connection.send(head, body)
+            kept = self.connections.kept()
+            response = (kept or await self._connect(by)).send(head, body)
             timer = loop.call_at(by, response.fail, TimeoutError())
-            first = await response.first()
+            try:
+                first = await response.first()
+            except BrokenError:
+                # The server may have closed it in the moment in which it was used again. Whether it has begun with the
+                # request nobody knows, so only what may be done twice is sent once more (RFC 9112, section 9.3.1).
+                if kept is None or response.status or head.startswith(b"POST"):
+                    raise
+                timer.cancel()
+                response = None
+                response = (await self._connect(by)).send(head, body)
+                timer = loop.call_at(by, response.fail, TimeoutError())
+                first = await response.first()
             outcome = ""
         except TimeoutError as error:
             outcome = "timeout"
-            if response is None and by > now + timeouts.connect_s:
+            if response is None and by > loop.time():
                 outcome = "connect"
                 raise Failure(outcome, self._unreachable(model)) from error
             told = f"The model {model} did not begin to answer within {max(0.0, by - now):g} s."
@@ -231,6 +236,12 @@ class Pool:
                 self.left(outcome, loop.time() - now)
         return Answer(self, response, first, loop.time() - now, ends_at)
 
+    async def _connect(self, by: float) -> Connection:
+        # It bounds the wait for one of max_connections too.
+        connect_by = asyncio.get_running_loop().time() + self.backend.timeouts.connect_s
+        async with asyncio.timeout_at(min(by, connect_by)):
+            return await self.connections.open()
+
     async def check(self) -> str:
         """Ask the backend whether it is well; what is wrong, or an empty text."""
         settings = self.backend.health
@@ -242,9 +253,7 @@ class Pool:
             async with asyncio.timeout(settings.timeout_s):
                 connection = await self._checks.open()
                 response = connection.send(head, b"")
-                size = len(await response.first())
-                while size <= _MAX_CHECK_BYTES and not response.over:
-                    size += len(await response.piece())
+                await response.first()
             return "" if 200 <= response.status < 300 else f"status {response.status}"
         except TimeoutError:
             return f"no answer within {settings.timeout_s:g} s"
@@ -268,6 +277,10 @@ class Pool:
         self._retired = done
         if not self.in_flight:
             done(self)
+
+    async def let_go(self) -> None:
+        """Keep no connection any more. A retry that had chosen this backend before opens one for itself."""
+        await self.connections.let_go()
 
     async def close(self) -> None:
         """Close all connections; attempts under way fail."""
@@ -322,6 +335,8 @@ class Answer:
         self._open = True
         if response.over:
             self._end(outcome_of(self.status))
+        else:
+            self._watch()
 
     def header(self, name: bytes) -> bytes:
         """A header's value, or nothing."""
@@ -380,8 +395,6 @@ class Answer:
         piece = response.take()
         if not piece and not response.complete:
             self._since = self._loop.time()
-            if self._timer is None:
-                self._watch()
             try:
                 piece = await response.piece()
             except (BackendTimeout, ClientError) as error:

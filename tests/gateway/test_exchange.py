@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,23 @@ def test_what_no_filter_can_see_is_refused(gateway: StartGateway, backend: FakeB
     for role in ("basic", "premium"):
         got = one.chat(SECRET, role=role, documents=deep)
         assert (got.status, "nested" in got.json()["error"]["message"]) == (400, True)
+
+
+def test_a_streams_head_does_not_wait_for_the_filters(gateway: StartGateway, backend: FakeBackend) -> None:
+    roles = {**ROLES, "basic": {"models": ["m"], "filters": ["private"]}}
+    one = gateway(settings(backend.url, roles=roles, filters=REDACT))
+    backend.control(tokens=6, token_s=0.4)
+    body = {"model": "m", "prompt": "Hello", "stream": True}
+    request = urllib.request.Request(
+        f"{one.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json", "authorization": f"Bearer {one.key('basic')}"},
+    )
+    began = time.monotonic()
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        headed = time.monotonic() - began
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+    assert headed < 1 < time.monotonic() - began
 
 
 # --- copies

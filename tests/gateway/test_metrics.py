@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -53,6 +54,31 @@ def test_requests_are_counted_by_operation_model_and_status() -> None:
     assert value(made, "requests_total", operation="chat", model="", status="404") == 1
     assert value(made, "request_seconds_count", operation="chat", model="m") == 3
     assert value(made, "request_seconds_sum", operation="chat", model="m") == pytest.approx(3.301)
+
+
+def test_the_page_is_written_while_series_come_and_go() -> None:
+    made = Metrics()
+    ended = threading.Event()
+    failed: list[BaseException] = []
+
+    def render() -> None:
+        while not ended.is_set():
+            try:
+                made.render()
+            except BaseException as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    try:
+        for number in range(20_000):
+            made.healthy(f"backend-{number % 2000}", True)
+            if number % 50 == 0:
+                made.keep_backends([f"backend-{one}" for one in range(number % 7 * 100)])
+    finally:
+        ended.set()
+        thread.join()
+    assert not failed
 
 
 def test_buckets_are_cumulative_and_their_borders_inclusive() -> None:

@@ -404,6 +404,7 @@ def test_other_threads_get_a_turn_after_every_piece(
         ("backends/one/url", "http://a:secret@one", "backends.one.url: holds more than an address"),
         ("backends/one/url", "http://one/?a=b", "backends.one.url: holds more than an address"),
         ("backends/one/url", "http://[::1", "backends.one.url: is no address"),
+        ("backends/one/url", "http://bücher..example", "backends.one.url: is no address"),
         ("backends/one/api_key_env", "NOT_THERE", "backends.one.api_key_env: the environment variable is not set"),
         (
             "backends/one/api_key_file",

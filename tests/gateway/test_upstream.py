@@ -16,7 +16,7 @@ import pytest
 from serve_app.gateway.config import Backend, Config, Route, Target, Timeouts
 from serve_app.gateway.errors import BackendFailed, BackendTimeout, InvalidRequest
 from serve_app.gateway.health import Health
-from serve_app.gateway.upstream import Pool, outcome_of
+from serve_app.gateway.upstream import Failure, Pool, outcome_of
 
 from .fake_backend import FakeBackend
 from .routed import LIMIT, QUICK, routed, run, settings
@@ -248,6 +248,59 @@ def test_slow_tokens_are_no_time_out(backend: FakeBackend) -> None:
         async with routed(settings({"one": backend.url}, timeouts=Timeouts(between_tokens_s=0.5))) as it:
             _, body = await it.ask(STREAM, headers=header(("x-fake-token-s", "0.2"), ("x-fake-tokens", "6")))
             assert body.endswith(b"[DONE]\n\n")
+
+    run(main())
+
+
+def test_a_slow_reader_has_the_time_of_all_answers(backend: FakeBackend) -> None:
+    async def main() -> None:
+        timeouts = Timeouts(total_s=0.5, between_tokens_s=0.2)
+        async with routed(settings({"one": backend.url}, timeouts=timeouts)) as it:
+            endless = header(("x-fake-token-s", "0.001"), ("x-fake-tokens", "100000"))
+            answer = await it.router.open(it.call(STREAM, headers=endless))
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(BackendTimeout, match=r"longer than 0\.5 s"):
+                async for _ in answer.pieces():
+                    await asyncio.sleep(0.05)
+            assert asyncio.get_running_loop().time() - began < 2
+            await answer.close()
+            assert it.metric("backend_requests_total", outcome="timeout") == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "POST"])
+def test_a_connection_that_was_closed_when_it_was_used_again(method: str) -> None:
+    asked = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        for number in (1, 2):
+            await reader.readuntil(b"\r\n\r\n")
+            asked += 1
+            if number == 1:
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            one = pool(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+
+            async def ask() -> bytes:
+                head = one.head(method, "/v1/files/1", b"", [], 0)
+                answer = await one.send(head, b"", asyncio.get_running_loop().time())
+                return await answer.read(LIMIT)
+
+            assert await ask() == b"ok"
+            if method == "POST":
+                with pytest.raises(Failure, match="broken"):
+                    await ask()
+            else:
+                assert await ask() == b"ok"
+            assert asked == (2 if method == "POST" else 3)
+            assert one.in_flight == 0
+            await one.close()
 
     run(main())
 
