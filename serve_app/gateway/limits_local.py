@@ -171,12 +171,18 @@ class Local:
         now = self._now_us()
         day = day_of(now)
         at, kind, wait = 0, 0, 0
+        before = [(bucket, bucket[:]) for spec in specs if (bucket := self._buckets.get(spec.name)) is not None]
         for number, spec in enumerate(specs, 1):
             found, needed = self._refusal(spec, now, day, tokens, cost)
             if found and wait >= 0 and (needed < 0 or needed > wait):
                 at, kind, wait = number, found, needed
         if kind:
-            return day, [0, at, kind, wait, *self._left(specs)]
+            result = [0, at, kind, wait, *self._left(specs)]
+            for changed, old in before:
+                # As in the script: what admits nothing keeps nothing, unless the clock went back.
+                if old[2] <= now:
+                    changed[:] = old
+            return day, result
         for spec in specs:
             bucket = self._buckets.get(spec.name)
             if bucket is not None:
