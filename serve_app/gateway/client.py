@@ -441,14 +441,16 @@ class Connections:
 
     async def _resolve(self) -> list[Any]:
         loop = asyncio.get_running_loop()
+        addresses = self._addresses
         if loop.time() >= self._stale_at:
             # One look-up for all who wait; who gives up leaves it to the others, and to the next one.
             if self._resolving is None:
                 self._resolving = loop.create_task(_look_up(self._host, self._port))
                 self._resolving.add_done_callback(self._resolved)
-            await asyncio.shield(self._resolving)
+            addresses = await asyncio.shield(self._resolving)
+        if not addresses:
+            raise OSError("the name has no address")
         # Each in turn: the resolver's order would send everything to one of a headless service's pods.
-        addresses = self._addresses
         self._turn = turn = (self._turn + 1) % len(addresses)
         return addresses[turn:] + addresses[:turn]
 

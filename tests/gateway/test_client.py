@@ -605,6 +605,31 @@ def test_who_waits_for_a_name_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
+def test_many_who_come_while_a_name_is_being_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving(always) as (server, _):
+            loop = asyncio.get_running_loop()
+            found: asyncio.Future[list[Any]] = loop.create_future()
+
+            async def look_up(host: str, port: int) -> list[Any]:
+                return await found
+
+            monkeypatch.setattr(client, "_look_up", look_up)
+            connections = Connections("http://many.test", tls=insecure, idle=8)
+            opening = [asyncio.ensure_future(connections.open())]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            found.set_result([(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))])
+            # Some come before, some while, some after the answer is taken in.
+            for _ in range(6):
+                opening += [asyncio.ensure_future(connections.open()) for _ in range(5)]
+                await asyncio.sleep(0)
+            assert all(one.usable for one in await asyncio.gather(*opening))
+            await connections.close()
+
+    run(main())
+
+
 def test_a_server_that_is_away() -> None:
     async def main() -> None:
         async with serving(always) as (server, connections):
