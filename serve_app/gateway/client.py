@@ -59,9 +59,10 @@ class GarbageError(ClientError):
 class Response:
     """An answer. What came before it broke can be read, and then raises."""
 
-    __slots__ = ("_connection", "_error", "_headed", "_pieces", "_size", "_waiter", "complete", "headers", "status")
+    __slots__ = ("_connection", "_error", "_pieces", "_size", "_waiter", "complete", "headers", "status")
 
     def __init__(self, connection: Connection) -> None:
+        #: 0 until the head has come.
         self.status = 0
         #: As they came, names in lower case.
         self.headers: list[Header] = []
@@ -69,7 +70,6 @@ class Response:
         self.complete = False
         self._connection: Connection | None = connection
         self._error: Exception | None = None
-        self._headed = False
         self._pieces: list[bytes] = []
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -85,7 +85,7 @@ class Response:
         Raises:
             ClientError: The answer broke before they were read, or what `fail` was told.
         """
-        while not (self._error or (self._headed and (self._pieces or self.complete))):
+        while not (self._error or (self.status and (self._pieces or self.complete))):
             await self._more()
         if self._error is not None:
             raise self._error
@@ -142,11 +142,6 @@ class Response:
 
     # What the connection tells.
 
-    def began(self, status: int) -> None:
-        """The head has come."""
-        self.status = status
-        self._headed = True
-
     def got(self, body: bytes) -> bool:
         """Some of the body has come; whether more of it waits to be read than should."""
         self._pieces.append(body)
@@ -155,7 +150,7 @@ class Response:
 
     def told(self) -> None:
         """What came together has been taken in."""
-        if self._headed and (self._pieces or self.complete):
+        if self.status and (self._pieces or self.complete):
             self._wake()
 
     def ended(self) -> None:
@@ -164,7 +159,9 @@ class Response:
 
     def whole_at_end(self) -> bool:
         """Whether the end of the connection is the body's end: its length is not told (RFC 9112, section 6.3)."""
-        return self._headed and not any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
+        return bool(self.status) and not any(
+            name in (b"content-length", b"transfer-encoding") for name, _ in self.headers
+        )
 
 
 class Connection(asyncio.Protocol):
@@ -178,7 +175,6 @@ class Connection(asyncio.Protocol):
         self._response: Response | None = None
         self._interim = False
         self._cut = False
-        self._done = False
         self._keep = False
         self._paused = False
         self._quiet = 0
@@ -199,7 +195,6 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         assert transport is not None
         response = self._response = Response(self)
-        self._done = False
         self._quiet = 0
         if len(body) <= _JOINED:
             transport.write(head + body)
@@ -239,11 +234,11 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if not self._done:
+            if not response.complete:
                 response.fail(GarbageError(str(error)))
                 return
             self._keep = False
-        if self._done:
+        if response.complete:
             self._give_back(response)
         elif self._quiet > _MAX_QUIET:
             response.fail(GarbageError("the head has no end"))
@@ -280,19 +275,19 @@ class Connection(asyncio.Protocol):
     # --- what the parser finds
 
     def on_message_begin(self) -> None:
-        if self._done:
+        if self._response is not None and self._response.complete:
             # What comes behind the answer was not asked for.
             self._keep = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # After the answer's end comes what nobody asked for, and after its head trailers, which nobody reads.
         response = self._response
-        if response is not None and not self._done and not response.status:
+        if response is not None and not response.status:
             response.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         response = self._response
-        if response is None or self._done:
+        if response is None or response.complete:
             return
         status = self._parser.get_status_code()
         if status < 100:
@@ -302,11 +297,11 @@ class Connection(asyncio.Protocol):
             self._interim = True
             response.headers.clear()
             return
-        response.began(status)
+        response.status = status
 
     def on_body(self, body: bytes) -> None:
         response = self._response
-        if response is None or self._done:
+        if response is None or response.complete:
             return
         self._quiet = 0
         if response.got(body) and not self._paused and self._transport is not None:
@@ -316,8 +311,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
-        elif self._response is not None and not self._done:
-            self._done = self._response.complete = True
+        elif self._response is not None and not self._response.complete:
+            self._response.complete = True
             self._keep = self._parser.should_keep_alive()
 
 
@@ -527,8 +522,9 @@ class Connections:
             connection.abort()
         # The loop closes sockets in its next rounds.
         for _ in range(_ROUNDS):
-            if not self._all.isdisjoint(ending):
-                await asyncio.sleep(0)
+            if self._all.isdisjoint(ending):
+                break
+            await asyncio.sleep(0)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -19,7 +19,7 @@ from .filters.base import About, Blocked, Finding
 from .filters.chain import Chain
 from .filters.stream import StreamFilter
 from .limits import Admission, LimitReached, Used, subjects
-from .request import Bodies, ClientGone, Header, Headers, Message, Receive, Scope, Send
+from .request import Bodies, ClientGone, Header, Headers, Receive, Scope, Send
 from .routing import Answer, Call
 from .runtime import Runtime
 from .sse import Events, cut_usage, data, is_done
@@ -59,7 +59,6 @@ class Exchange:
         "_settled",
         "_started",
         "_trace",
-        "_watch",
         "_watching",
         "_wire",
         "admission",
@@ -104,9 +103,8 @@ class Exchange:
         self._sent: list[bytes] | None = None
         self._trace: Trace | None = None
         self._answer: Answer | None = None
-        self._watch: asyncio.Future[Message] | None = None
         self._watching = False
-        self._wire: Wire | None = scope.get(SCOPE_KEY)
+        self._wire: Wire = scope[SCOPE_KEY]
         self.admission: Admission | None = None
         self.attempts = 0
         self.backend = ""
@@ -317,24 +315,14 @@ class Exchange:
         task = asyncio.current_task()
         assert task is not None
         self._watching = True
-        if self._wire is not None:
-            if not self._wire.watch(functools.partial(self._left, task)):
-                raise ClientGone
-            return
-        # Another ASGI server than ours.
-        watch = self._watch = asyncio.ensure_future(self._receive())
-
-        def ended(done: asyncio.Future[Message]) -> None:
-            if not done.cancelled() and self._watching:
-                self._left(task)
-
-        watch.add_done_callback(ended)
+        if not self._wire.watch(functools.partial(self._left, task)):
+            raise ClientGone
 
     def _left(self, task: asyncio.Task[Any]) -> None:
         if self.gone:
             return
         self.gone = True
-        if self._wire is not None and self._wire.too_slow:
+        if self._wire.too_slow:
             self.code = "client_too_slow"
         task.cancel()
 
@@ -726,8 +714,7 @@ class Exchange:
             self._settle()
             self._unwatch()
         await self._send(message)
-        wire = self._wire
-        if wire is not None and wire.too_slow:
+        if self._wire.too_slow:
             self.code = "client_too_slow"
             raise ClientGone
 
@@ -737,10 +724,7 @@ class Exchange:
             # The connection's next request may have begun.
             return
         self._watching = False
-        if self._wire is not None:
-            self._wire.watch(None)
-        elif self._watch is not None:
-            self._watch.cancel()
+        self._wire.watch(None)
 
     def _relays(self) -> bool:
         """Whether the answer is one of server-sent events, to which the gateway may add one."""
@@ -758,8 +742,7 @@ class Exchange:
             if self._started:
                 # Sound, a file, JSON: with an error at its end it would look like a whole one.
                 self._unwatch()
-                if self._wire is not None:
-                    self._wire.abort()
+                self._wire.abort()
                 return
             named = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             own = self._own_headers()

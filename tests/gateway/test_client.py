@@ -71,11 +71,19 @@ def saying(*answers: bytes) -> Talk:
     return talk
 
 
-async def always(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Every request gets the same."""
-    while True:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(OK)
+def after(seconds: float) -> Talk:
+    """Every request gets the same, so much later."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(seconds)
+            writer.write(OK)
+
+    return talk
+
+
+always = after(0)
 
 
 @asynccontextmanager
@@ -499,17 +507,11 @@ def test_so_many_idle_connections_are_kept(idle: int) -> None:
 
 
 def test_so_many_connections_at_most() -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.002)
-            writer.write(OK)
-
     async def once(connections: Connections) -> bytes:
         return await whole(await ask(connections))
 
     async def main() -> None:
-        async with serving(talk, most=3) as (server, connections):
+        async with serving(after(0.002), most=3) as (server, connections):
             answers = await asyncio.gather(*(once(connections) for _ in range(60)))
             assert answers == [b"ok"] * 60
             assert server.accepted == 3
@@ -518,12 +520,6 @@ def test_so_many_connections_at_most() -> None:
 
 
 def test_who_waits_for_a_connection_may_go() -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.005)
-            writer.write(OK)
-
     async def once(connections: Connections, seconds: float) -> bytes:
         async with asyncio.timeout(seconds):
             response = await ask(connections)
@@ -533,7 +529,7 @@ def test_who_waits_for_a_connection_may_go() -> None:
                 response.close()
 
     async def main() -> None:
-        async with serving(talk, most=2) as (server, connections):
+        async with serving(after(0.005), most=2) as (server, connections):
             for _ in range(20):
                 tasks = [once(connections, 0.001 * number) for number in range(20)]
                 await asyncio.gather(*tasks, return_exceptions=True)
