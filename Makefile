@@ -11,13 +11,13 @@ export PYTHONUNBUFFERED := 1
 INVENTORY ?= inventories/local
 ARGS ?=
 
-.PHONY: help bootstrap deploy plan verify drift cost destroy local-down test lint unit format coverage bench bench-gateway soak-gateway locks clean
+.PHONY: help bootstrap deploy plan verify drift cost destroy local-down test test-unit test-gateway test-aws test-platform lint format coverage bench bench-gateway soak-gateway locks clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  INVENTORY=inventories/prod chooses another environment (default: $(INVENTORY))."
-	@echo "  ARGS='--tags rayservice' adds arguments to ansible-playbook."
+	@echo "  ARGS='--tags rayservice' adds arguments to ansible-playbook; ARGS='-k keys' to pytest."
 
 bootstrap: ## Install Ansible and the tools into .venv
 	@tools/bootstrap.sh
@@ -43,17 +43,15 @@ destroy: bootstrap ## Remove what deploy made (data in buckets is kept)
 local-down: bootstrap ## Stop the local platform and leave the machine as it was (caches stay)
 	@ansible-playbook playbooks/local_down.yml -i inventories/local $(ARGS)
 
-# A run for each folder: what one has collected (an emulator, reports) leaves the memory before the platform needs it. All of them
-# run even if one fails: a run takes long, and shows everything at once. The unit tests' files go to as many processes as there are
-# cores; the other folders' tests wait for servers and measure time.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
-test: lint ## Run every test, on the real local platform too
-	@status=0; \
-	pytest tests/unit $(PARALLEL) $(ARGS) || status=$$?; \
-	pytest tests/gateway $(ARGS) || status=$$?; \
-	pytest tests/aws $(ARGS) || status=$$?; \
-	pytest tests/platform $(ARGS) || status=$$?; \
-	exit $$status
+test: bootstrap ## Run every test in phases, on the real local platform too
+	@python tools/run_tests.py -- $(ARGS)
+
+test-unit: bootstrap ## Run the tests of plugins, filters, templates and documents
+test-gateway: bootstrap ## Run the gateway's tests
+test-aws: bootstrap ## Run the cloud's roles against an AWS emulator
+test-platform: bootstrap ## Run the deployment, its faults and its end on the real local platform (root)
+test-unit test-gateway test-aws test-platform:
+	@python tools/run_tests.py $(@:test-%=%) -- $(ARGS)
 
 lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> ruff";         ruff check . && ruff format --check .
@@ -61,9 +59,6 @@ lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> shellcheck";   shellcheck tools/*.sh .ci/run
 	@echo "==> yamllint";     yamllint --strict .
 	@echo "==> ansible-lint"; ansible-lint --offline
-
-unit: bootstrap ## Run the unit tests only
-	@pytest tests/unit $(PARALLEL) $(ARGS)
 
 coverage: bootstrap ## Run the gateway's tests and show what they reach (at least 90 %)
 	@pytest tests/gateway --cov --cov-report=term --cov-fail-under=90 $(ARGS)
@@ -91,6 +86,6 @@ locks: bootstrap ## Pin anew what uv.lock and tools/*/requirements.in allow
 
 clean: ## Remove the caches too (after local-down)
 	@if [ -e "$(RAYPLANE_HOME)/state" ]; then echo "error: the local platform is still there; run make local-down first" >&2; exit 1; fi
-	rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache test-results
 	if [ -d "$(RAYPLANE_HOME)/go/mod" ]; then chmod -R u+w "$(RAYPLANE_HOME)/go/mod"; fi
 	rm -rf "$(RAYPLANE_HOME)"
