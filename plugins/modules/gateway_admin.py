@@ -110,6 +110,7 @@ waited_s:
 """
 
 import base64
+import contextlib
 import time
 from typing import Any
 from urllib.parse import quote
@@ -128,6 +129,8 @@ from ansible.module_utils.kube_api import (
 _PODS = Resource("v1", "Pod", "pods", True)
 _SECRETS = Resource("v1", "Secret", "secrets", True)
 _ANNOTATION = "rayplane.io/configuration"
+#: Seconds from one look of the kubelets to the next.
+_LOOK_S = 2.0
 
 
 class AdminError(Exception):
@@ -192,37 +195,43 @@ class Admin:
 
     def take_over(self, version: str, timeout: float) -> float:
         """Wait until every pod works by a version of the configuration; gives the seconds it took."""
-        started = time.monotonic()
-        for pod in self.pods():
-            name, known = pod["metadata"]["name"], pod["metadata"].get("annotations") or {}
-            if known.get(_ANNOTATION) != version:
-                # A change of a pod makes its kubelet look at the pod's volumes now, not within the minute.
-                patch = {"metadata": {"annotations": {_ANNOTATION: version}}}
-                self.cluster.merge(_PODS, self.namespace, name, patch, manager="rayplane")
+        started, looks = time.monotonic(), 0
         while True:
             left = self.behind(version)
             waited = time.monotonic() - started
             if not left:
                 return waited
             if waited > timeout:
-                raise AdminError(
-                    f"after {waited:.0f} s not every pod has taken the configuration over: {'; '.join(left)}"
-                )
-            time.sleep(0.5)
+                said = "; ".join(left.values())
+                raise AdminError(f"after {waited:.0f} s not every pod has taken the configuration over: {said}")
+            if waited >= looks * _LOOK_S:
+                looks += 1
+                for name in left:
+                    self.look(name, f"{version} {looks}")
+            time.sleep(0.25)
 
-    def behind(self, version: str) -> list[str]:
-        """Why which pods do not work by a version yet. Raises AdminError where one refuses it."""
-        left = []
+    def look(self, pod: str, mark: str) -> None:
+        """Change a pod, which makes its kubelet look at the pod's volumes now, not within the minute. A kubelet that
+        has not seen the new ConfigMap by then finds the old one: so one look may not do.
+        """
+        patch = {"metadata": {"annotations": {_ANNOTATION: mark}}}
+        # A pod that is gone, or that may not be changed, is waited for all the same.
+        with contextlib.suppress(ApiError):
+            self.cluster.merge(_PODS, self.namespace, pod, patch, manager="rayplane")
+
+    def behind(self, version: str) -> dict[str, str]:
+        """The pods that do not work by a version yet, and why."""
+        left = {}
         for pod in self.pods():
             name = pod["metadata"]["name"]
             try:
                 status = self.ask("GET", "status", pod=name)
             except (AdminError, KubeError) as error:
-                left.append(f"{name}: {error}")
+                left[name] = f"{name}: {error}"
                 continue
             if status["policy"]["version"] != version:
                 said = status["policy"]["last_error"]
-                left.append(f"{name} works by {status['policy']['version']}" + (f" and says: {said}" if said else ""))
+                left[name] = f"{name} works by {status['policy']['version']}" + (f" and says: {said}" if said else "")
         return left
 
 

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import gateway_admin
 import pytest
 from ansible.module_utils.kube_api import Cluster, Connection
 from conftest import PROJECT
@@ -205,6 +206,7 @@ class Gateway(ThreadingHTTPServer):
         self.weights: dict[str, int] = {}
         self.percent: float | None = None
         self.error = ""
+        self.looks = self.vain_looks = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -244,8 +246,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "PATCH":
             name = path.removeprefix("pods/").split("?")[0]
             # The kubelet looks at the volume, and the gateway takes over what it finds.
-            if not gateway.error:
-                gateway.versions[name] = body["metadata"]["annotations"]["rayplane.io/configuration"]
+            gateway.looks += 1
+            if not gateway.error and gateway.looks > gateway.vain_looks:
+                gateway.versions[name] = body["metadata"]["annotations"]["rayplane.io/configuration"].split()[0]
             return 200, {"metadata": {"name": name}}
         place, _, asked = path.partition("/proxy/admin/v1/")
         if self.headers.get("x-rayplane-key") != KEY:
@@ -424,6 +427,15 @@ def test_canaries(gateway: Gateway) -> None:
 
 def test_every_pod_takes_the_configuration_over(gateway: Gateway) -> None:
     admin(gateway).take_over("new", 5)
+    assert gateway.versions == {"pod-a": "new", "pod-b": "new"}
+
+
+def test_a_kubelet_that_looked_too_early_is_made_to_look_again(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_admin, "_LOOK_S", 0.1)
+    gateway.vain_looks = 3
+    admin(gateway).take_over("new", 60)
     assert gateway.versions == {"pod-a": "new", "pod-b": "new"}
 
 
