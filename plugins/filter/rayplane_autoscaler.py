@@ -130,7 +130,7 @@ def _rule(groups: Sequence[str], resources: Sequence[str], verbs: Sequence[str],
 
 
 def _cluster_rules() -> list[Json]:
-    """Upstream's rules (charts/cluster-autoscaler) without those of APIs that 1.34 no longer has or it no longer
+    """Upstream's rules (charts/cluster-autoscaler) without those of APIs that 1.36 no longer has or it no longer
     uses: the group extensions, and endpoints as a lock."""
     read = ("get", "list", "watch")
     return [
@@ -334,7 +334,7 @@ def _class_problems(entry: Mapping[str, Any]) -> list[str]:
         problems.append("ami_alias and ami_selector_terms: give exactly one of them, to choose the nodes' image")
     match = _ALIAS.fullmatch(alias)
     if alias and not match:
-        problems.append(f"ami_alias is {alias!r}: it has the form al2023@v20260512 or bottlerocket@v1.60.0")
+        problems.append(f"ami_alias is {alias!r}: it has the form al2023@v20260903 or bottlerocket@v1.60.0")
     elif match and match[2] == "latest":
         problems.append(
             f"ami_alias is {alias!r}: with 'latest' every release of the image replaces all nodes by itself;"

@@ -15,7 +15,7 @@ import yaml
 
 Json = dict[str, Any]
 
-# Built-in kinds without a namespace (`kubectl api-resources --namespaced=false` of Kubernetes 1.34), but for those that
+# Built-in kinds without a namespace (`kubectl api-resources --namespaced=false` of Kubernetes 1.36), but for those that
 # nobody declares (reviews, component statuses).
 CLUSTER_SCOPED = frozenset(
     {

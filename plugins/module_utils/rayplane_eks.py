@@ -100,10 +100,10 @@ Answer = TypeVar("Answer")
 
 
 def minor(version: str) -> int:
-    """Return the minor number of a Kubernetes version such as ``1.34``; raise ``PlatformError`` for anything else."""
+    """Return the minor number of a Kubernetes version such as ``1.36``; raise ``PlatformError`` for anything else."""
     parts = version.split(".")
     if len(parts) != 2 or parts[0] != "1" or not parts[1].isdigit():
-        raise PlatformError(f"Kubernetes version {version!r} is not of the form 1.34: write major and minor in quotes")
+        raise PlatformError(f"Kubernetes version {version!r} is not of the form 1.36: write major and minor in quotes")
     return int(parts[1])
 
 

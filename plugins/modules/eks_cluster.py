@@ -118,7 +118,7 @@ EXAMPLES = r"""
 - name: Keep a control plane
   eks_cluster:
     name: ray-llm-cluster
-    version: "1.34"
+    version: "1.36"
     role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-control-plane
     subnet_ids: [subnet-1, subnet-2]
     log_types: [api, audit]

@@ -44,7 +44,7 @@ options:
   kube_version:
     description: Kubernetes version that the chart renders for.
     type: str
-    default: "1.34"
+    default: "1.36"
   api_versions:
     description: API versions that the chart is told the cluster has (such as C(monitoring.coreos.com/v1)).
     type: list
@@ -223,7 +223,7 @@ def main() -> None:
             "namespace": {"type": "str", "required": True},
             "values": {"type": "dict", "default": {}},
             "include_crds": {"type": "bool", "default": True},
-            "kube_version": {"type": "str", "default": "1.34"},
+            "kube_version": {"type": "str", "default": "1.36"},
             "api_versions": {"type": "list", "elements": "str", "default": []},
             "cluster_scoped": {"type": "list", "elements": "str", "default": []},
             "helm": {"type": "str", "default": "helm"},

@@ -10,11 +10,22 @@ import yaml
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
 
 PROJECT = Path(__file__).resolve().parents[2]
-GPU: dict[str, Any] = yaml.safe_load((PROJECT / "roles/gpu_plugin/defaults/main.yml").read_text(encoding="utf-8"))
+
+
+def _read(path: str) -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load((PROJECT / "roles" / path).read_text(encoding="utf-8"))
+    return read
+
+
+GPU = _read("gpu_plugin/defaults/main.yml")
 
 
 def test_the_defaults_are_sound() -> None:
     assert list(accelerators({**GPU, "platform": "aws"})) == []
+    eks, scaler = _read("eks/defaults/main.yml"), _read("autoscaler/defaults/main.yml")
+    for kind in ("cluster_autoscaler", "karpenter"):
+        assert list(autoscaler({**eks, **scaler, "platform": "aws", "platform_autoscaler": kind})) == []
+    assert eks["eks_kubernetes_version"] in _read("cost/files/prices-aws.yml")["eks_standard_support_until"]
 
 
 def test_what_the_gpu_filter_refuses_is_found_before_anything_is_changed() -> None:

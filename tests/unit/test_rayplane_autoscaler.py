@@ -31,7 +31,7 @@ SETTINGS = {
     "tolerations": [],
 }
 NODES = {"cluster_name": "c1", "node_role": "c1-node", "kms_key_arn": "", "tags": {"rayplane.io/cluster": "c1"}}
-CLASS = {"name": "default", "ami_alias": "al2023@v20260512"}
+CLASS = {"name": "default", "ami_alias": "al2023@v20260903"}
 POOL = {"name": "cpu"}
 CAPACITY = "karpenter.sh/capacity-type"
 GPU = {"name": "gpu", "accelerator": "nvidia", "instance_families": ["g5"]}
@@ -268,7 +268,7 @@ def test_wrong_pools_are_explained(pool: Any, said: str) -> None:
     [
         ({"name": "default"}, "give exactly one of them"),
         ({**CLASS, "ami_alias": "al2023@latest"}, "every release of the image replaces all nodes by itself"),
-        ({**CLASS, "ami_alias": "ubuntu@v1"}, "it has the form al2023@v20260512"),
+        ({**CLASS, "ami_alias": "ubuntu@v1"}, "it has the form al2023@v20260903"),
         ({"name": "default", "ami_selector_terms": [{"id": "ami-1"}]}, "ami_family is missing"),
         ({**CLASS, "tags": {"kubernetes.io/cluster/c1": "owned"}}, "Karpenter sets kubernetes.io/cluster/c1 itself"),
         ({**CLASS, "amiFamily": "AL2023"}, ".amiFamily is not known"),
