@@ -10,7 +10,7 @@ from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_gateway import gateway
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
-from ansible.module_utils.rayplane_preflight_serving import models, rayservice, secrets, worker_groups
+from ansible.module_utils.rayplane_preflight_serving import models, operator, rayservice, secrets, worker_groups
 from ansible.module_utils.rayplane_preflight_values import Values
 
 __all__ = ["RULES", "check_declared", "required_tools"]
@@ -27,6 +27,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     autoscaler,
     accelerators,
     secrets,
+    operator,
     rayservice,
     worker_groups,
     models,

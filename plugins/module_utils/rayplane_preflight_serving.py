@@ -32,10 +32,18 @@ __all__ = [
     "REPLICA_KEYS",
     "RESOURCE_KEYS",
     "models",
+    "operator",
     "rayservice",
     "secrets",
     "worker_groups",
 ]
+
+_GATES_OF_1_7 = frozenset(
+    {
+        "GCSFaultToleranceEmbeddedStorage", "KubernetesWAS", "RayClusterHistoryServer", "RayClusterMTLS",
+        "RayClusterNetworkPolicy", "SidecarSubmitterRestart",
+    }
+)  # fmt: skip
 
 #: vLLM release that each Ray release is built and tested with (Ray's own "llm" extra and its LLM troubleshooting page).
 RAY_VLLM = {
@@ -343,6 +351,23 @@ def _model_deployment(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             autoscaling.get("min_replicas"),
             autoscaling.get("max_replicas"),
             ("min_replicas", "max_replicas"),
+        )
+
+
+def operator(values: Values) -> Iterator[Problem]:
+    """The operator knows its feature gates: it does not start with one that it does not know. Source: KubeRay,
+    ray-operator/pkg/features/features.go of v1.6.2 and v1.7.0."""
+    source, gates = values.get("kuberay_kustomize_source"), values.get("kuberay_feature_gates")
+    ref = re.search(r"[?&]ref=v(\d+)\.(\d+)", source) if isinstance(source, str) else None
+    if values.get("kuberay_existing_operator") == "use" or ref is None or (int(ref[1]), int(ref[2])) >= (1, 7):
+        return
+    for gate in sorted(_GATES_OF_1_7 & set(gates if isinstance(gates, Mapping) else ())):
+        yield Problem(
+            f"kuberay_feature_gates.{gate}",
+            gates[gate],
+            f"KubeRay has this gate from 1.7 on, kuberay_kustomize_source is {ref[1]}.{ref[2]}, and an operator does not"
+            " start with a gate that it does not know",
+            "delete it, or let kuberay_kustomize_source end in ?ref=v1.7.1",
         )
 
 

@@ -47,7 +47,7 @@ attributes:
 EXAMPLES = r"""
 - name: Build the operator's objects
   kustomize_build:
-    source: https://github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.6.0
+    source: https://github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.6.2
     cache_dir: /var/cache/rayplane/kustomize
     namespace: kuberay-system
     deployment: {replicas: 2}

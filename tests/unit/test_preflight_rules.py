@@ -41,6 +41,8 @@ GOOD: dict[str, Any] = {
     ],
     "kubeconfig_source": "cloud",
     "secrets_hugging_face_token": "hf_" + "a" * 34,
+    "kuberay_kustomize_source": "https://github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.6.2",
+    "kuberay_feature_gates": {"RayClusterStatusConditions": True},
     "rayservice_name": "rayplane",
     "rayservice_ray_version": "2.60.0",
     "rayservice_vllm_version": "0.29.0",
@@ -192,6 +194,12 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
             "autoscaler",
             "rayservice_autoscaling to true",
         ),
+        (
+            {"kuberay_feature_gates": {"RayCronJob": True, "RayClusterMTLS": False}},
+            "kuberay_feature_gates.RayClusterMTLS",
+            "from 1.7 on, kuberay_kustomize_source is 1.6",
+            "?ref=v1.7.1",
+        ),
         ({"rayservice_node_port": 8000}, "rayservice_node_port", "30000 to 32767", "30080"),
         ({"rayservice_head": {"memory": "16GB"}}, "rayservice_head.memory", "no Kubernetes quantity", "write 16Gi"),
     ],
@@ -201,6 +209,18 @@ def test_bad_platform_and_rayservice(changes: dict[str, Any], variable: str, rea
     assert reason in problem.reason
     assert cure in problem.cure
     assert not problem.warning
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kuberay_kustomize_source": "https://host/kuberay/ray-operator/config/default?ref=v1.7.1"},
+        {"kuberay_kustomize_source": "/folder"},
+        {"kuberay_existing_operator": "use"},
+    ],
+)
+def test_gates_of_an_operator_that_may_know_them(changes: dict[str, Any]) -> None:
+    assert found(kuberay_feature_gates={"RayClusterMTLS": True}, **changes) == {}
 
 
 @pytest.mark.parametrize(
