@@ -286,8 +286,16 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
     return [group for group in groups.values() if group["max"]]
 
 
+def _plain_env(settings: Mapping[str, Any]) -> list[Json]:
+    env = dict(settings["env"])
+    if settings["auth_mode"] == "disabled":
+        # The operator tells its pods of "token" alone, and from Ray 2.61 on a pod that is told nothing wants a token.
+        env["RAY_AUTH_MODE"] = "disabled"
+    return [{"name": key, "value": str(value)} for key, value in sorted(env.items())]
+
+
 def _env(settings: Mapping[str, Any]) -> list[Json]:
-    env: list[Json] = [{"name": key, "value": str(value)} for key, value in sorted(settings["env"].items())]
+    env = _plain_env(settings)
     secret = settings["hugging_face_secret"]
     if secret:
         # Both names are read: HF_TOKEN by the hub's library, the long one by older tools.
@@ -405,6 +413,7 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
     }
     cluster: Json = {
         "rayVersion": settings["ray_version"],
+        "authOptions": {"mode": settings["auth_mode"]},
         "headGroupSpec": head_spec,
         "workerGroupSpecs": [
             {
@@ -429,7 +438,7 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
             "resources": {"requests": size, "limits": {"memory": size["memory"]}},
         }
         # It runs the same image, so it needs what the image needs.
-        env = [{"name": key, "value": str(value)} for key, value in sorted(settings["env"].items())]
+        env = _plain_env(settings)
         cluster["autoscalerOptions"] |= {"env": env} if env else {}
         cluster["autoscalerOptions"] |= (
             {"volumeMounts": list(settings["volume_mounts"])} if settings["volume_mounts"] else {}

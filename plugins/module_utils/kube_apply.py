@@ -9,6 +9,7 @@ CRD of an object comes with the same deployment) is predicted as created.
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
@@ -540,6 +541,19 @@ def statefulset_state(cluster: Cluster, live: Json) -> str | None:
     return None
 
 
+def _ray_token(cluster: Cluster, rayservice: Json, ray_cluster: str) -> dict[str, str]:
+    """The header by which a Ray dashboard with tokens lets us in; the API server keeps ``Authorization`` for itself."""
+    if rayservice["spec"].get("rayClusterConfig", {}).get("authOptions", {}).get("mode") != "token":
+        return {}
+    namespace, selector = rayservice["metadata"]["namespace"], f"ray.io/cluster={ray_cluster}"
+    tokens = [
+        base64.b64decode(secret["data"]["auth_token"]).decode()
+        for secret in cluster.list(Resource("v1", "Secret", "secrets", True), namespace, selector)
+        if "auth_token" in secret.get("data", {})
+    ]
+    return {"X-Ray-Authorization": f"Bearer {tokens[0]}"} if tokens else {}
+
+
 def rayservice_state(cluster: Cluster, live: Json) -> str | None:
     """A RayService is ready when its current generation serves: no upgrade under way and each declared application
     RUNNING.
@@ -572,7 +586,8 @@ def rayservice_state(cluster: Cluster, live: Json) -> str | None:
     meta = live["metadata"]
     path = f"/api/v1/namespaces/{meta['namespace']}/services/{meta['name']}-head-svc:8265/proxy/api/serve/applications/"
     try:
-        deployed: Json = cluster.request("GET", path).get("applications", {})
+        headers = _ray_token(cluster, live, str(active.get("rayClusterName")))
+        deployed: Json = cluster.request("GET", path, headers=headers).get("applications", {})
     except ApiError as error:
         if error.status not in (401, 403):
             return f"Serve's dashboard does not answer yet ({error.status})"

@@ -385,6 +385,15 @@ def rayservice(values: Values) -> Iterator[Problem]:
             )
     yield from _versions(values.get("rayservice_ray_version"), values.get("rayservice_vllm_version"))
     yield from _image(values.get("rayservice_image"), values.get("rayservice_ray_version"))
+    ray, mode = values.get("rayservice_ray_version"), values.get("rayservice_auth_mode")
+    series = re.match(r"(\d+)\.(\d+)", ray) if isinstance(ray, str) else None
+    if mode == "token" and series and (int(series[1]), int(series[2])) < (2, 52):
+        yield Problem(
+            "rayservice_auth_mode",
+            mode,
+            f"Ray knows tokens from 2.52 on, rayservice_ray_version is {ray}",
+            "set it to disabled, or take a later Ray",
+        )
     strategy = values.get("rayservice_upgrade_strategy")
     if strategy == "NewClusterWithIncrementalUpgrade" and values.get("rayservice_autoscaling") is False:
         yield Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import threading
@@ -58,6 +59,8 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, Json] = {}
         self.kinds = copy.deepcopy(KINDS)
         self.writes: list[str] = []
+        #: Paths that Ray lets in only with this in X-Ray-Authorization.
+        self.protected: dict[str, str] = {}
         self.lock = threading.Lock()
 
     def put(self, path: str, item: Json) -> None:
@@ -102,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 return 200, {"resources": [{"kind": k, "name": n, "namespaced": s} for k, (n, s) in kinds.items()]}
         missing = (404, {"reason": "NotFound", "message": f"{path} not found"})
         if self.command == "GET":
+            if self.headers.get("X-Ray-Authorization", "") != self.server.protected.get(path, ""):
+                return 403, {"message": "Forbidden: Invalid authentication token"}
             if path in objects:
                 return 200, objects[path]
             parts = path.split("/")
@@ -433,6 +438,24 @@ def test_rayservice_waits_for_serve_to_take_the_configuration(server: Server, cl
     assert "not taken the new configuration" in str(rayservice_state(cluster, service()))
     running["deployed_app_config"] = {"args": {"n": 1}, "route_prefix": "/"}
     assert rayservice_state(cluster, service()) is None
+
+
+def test_a_dashboard_with_tokens_is_shown_the_clusters_own(server: Server, cluster: Cluster) -> None:
+    live = service()
+    live["spec"]["rayClusterConfig"] = {"authOptions": {"mode": "token"}}
+    for name, token in (("r-0", "old"), ("r-1", "new")):
+        secret = {
+            "metadata": {"name": name, "labels": {"ray.io/cluster": name}},
+            "data": {"auth_token": base64.b64encode(token.encode()).decode()},
+        }
+        server.put(f"/api/v1/namespaces/llm/secrets/{name}", secret)
+    running = {"status": "RUNNING", "deployed_app_config": {"args": {"n": 0}, "route_prefix": "/"}}
+    server.put(PROXY, {"applications": {"a": running}})
+    server.protected[PROXY] = "Bearer new"
+    assert "not taken the new configuration" in str(rayservice_state(cluster, live))
+    # Refused, the object's own status decides.
+    server.protected[PROXY] = "Bearer other"
+    assert rayservice_state(cluster, live) is None
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,17 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
             "from 1.7 on, kuberay_kustomize_source is 1.6",
             "?ref=v1.7.1",
         ),
+        (
+            {
+                "rayservice_auth_mode": "token",
+                "rayservice_ray_version": "2.51.0",
+                "rayservice_image": "x/y",
+                "rayservice_vllm_version": "0.11.0",
+            },
+            "rayservice_auth_mode",
+            "from 2.52 on, rayservice_ray_version is 2.51.0",
+            "disabled",
+        ),
         ({"rayservice_node_port": 8000}, "rayservice_node_port", "30000 to 32767", "30080"),
         ({"rayservice_head": {"memory": "16GB"}}, "rayservice_head.memory", "no Kubernetes quantity", "write 16Gi"),
     ],

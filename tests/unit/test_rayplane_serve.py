@@ -166,6 +166,17 @@ def test_pods() -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in names
 
 
+@pytest.mark.parametrize(("mode", "said"), [("disabled", ["disabled"] * 4), ("token", [])])
+def test_authentication_is_stated(mode: str, said: list[str]) -> None:
+    """To the operator, which makes the token, and to the pods, which it tells of tokens alone."""
+    spec = rayservice([LLAMA], auth_mode=mode)["spec"]["rayClusterConfig"]
+    assert (spec["rayVersion"], spec["authOptions"]) == ("2.60.0", {"mode": mode})
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    env = [entry for one in [*containers, spec["autoscalerOptions"]] for entry in one.get("env", [])]
+    assert [entry["value"] for entry in env if entry["name"] == "RAY_AUTH_MODE"] == said
+
+
 def test_autoscaling_is_one_switch() -> None:
     assert rayservice([LLAMA])["spec"]["rayClusterConfig"]["autoscalerOptions"]["version"] == "v2"
     off = rayservice([LLAMA], autoscaling=False)["spec"]["rayClusterConfig"]
