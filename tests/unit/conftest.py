@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import ansible.module_utils
+from hypothesis import settings
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -12,3 +13,7 @@ for _folder in ("plugins/filter", "plugins/action", "plugins/modules", "plugins/
     sys.path.insert(0, str(PROJECT / _folder))
 # Shared code is imported as `ansible.module_utils.<name>`, in tests as in a run.
 ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))
+
+# The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
