@@ -365,8 +365,8 @@ def operator(values: Values) -> Iterator[Problem]:
         yield Problem(
             f"kuberay_feature_gates.{gate}",
             gates[gate],
-            f"KubeRay has this gate from 1.7 on, kuberay_kustomize_source is {ref[1]}.{ref[2]}, and an operator does not"
-            " start with a gate that it does not know",
+            f"KubeRay has this gate from 1.7 on, kuberay_kustomize_source is {ref[1]}.{ref[2]}, and the operator does"
+            " not start with a gate that it does not know",
             "delete it, or let kuberay_kustomize_source end in ?ref=v1.7.1",
         )
 

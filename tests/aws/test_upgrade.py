@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import yaml
 
 from .account import Account
@@ -39,7 +41,7 @@ def test_a_cluster_follows_the_default(account: Account, playbook: Playbook) -> 
     assert plan.actions(HOST) == done.actions(HOST)
     steps = [f"1.{minor}" for minor in range(int(OLD[2:]), int(NEW[2:]) + 1)]
     assert len(steps) > 2, "the default is no two releases ahead: start from an older version"
-    path = [f"version: {have} -> {want}" for have, want in zip(steps, steps[1:], strict=False)]
+    path = [f"version: {have} -> {want}" for have, want in pairwise(steps)]
     assert done.actions(HOST) == [
         *(f"update cluster {NAME}: {step}" for step in path),
         f"update add-on coredns: version: v{OLD}.0-eksbuild.1 -> v{NEW}.0-eksbuild.1",
