@@ -1,4 +1,7 @@
-"""Fixtures of the tests that need a real platform: they bring up the local one, deploy, break, and take it down."""
+"""Fixtures of the tests that need a real platform: they bring up the local one, deploy, break, and take it down.
+
+Files run in the order of their names, and each finds what those before it left: everything is deployed once.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from pathlib import Path
 import boto3
 import openai
 import pytest
-from rayplane_local import parts
+from rayplane_local import parts, stages
 from rayplane_local.progress import Step
 from rayplane_local.settings import Settings
+
+from .control_plane import control_plane
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane")
@@ -31,6 +36,7 @@ AWS = {
     "AWS_DEFAULT_REGION": "us-west-2",
 }
 NAMESPACE = "rayplane"
+MODEL = "smollm2-135m-instruct"
 #: What deploy issues where no key is known yet.
 KEY_FILE = HOME / "state/gateway-key"
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
@@ -128,18 +134,23 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 start_new_session=True,
             )
             assert process.stdout is not None
-            with process.stdout as output:
-                for line in output:
-                    lines.append(line)
-                    sys.stdout.write(f"  | {line}")
-                    sys.stdout.flush()
-                    if interrupt_at and interrupt_at in line:
-                        time.sleep(0.5)  # inside the step that the line announces
-                        os.killpg(process.pid, signal.SIGINT)
-                        interrupt_at = ""
-                    if time.monotonic() - start > timeout:
-                        os.killpg(process.pid, signal.SIGKILL)
-            returncode = process.wait()
+            try:
+                with process.stdout as output:
+                    for line in output:
+                        lines.append(line)
+                        sys.stdout.write(f"  | {line}")
+                        sys.stdout.flush()
+                        if interrupt_at and interrupt_at in line:
+                            time.sleep(0.5)  # inside the step that the line announces
+                            os.killpg(process.pid, signal.SIGINT)
+                            interrupt_at = ""
+                        if time.monotonic() - start > timeout:
+                            os.killpg(process.pid, signal.SIGKILL)
+                returncode = process.wait()
+            finally:
+                if process.poll() is None:  # the tests were interrupted
+                    os.killpg(process.pid, signal.SIGINT)
+                    process.wait(30)
         return Run(returncode, "".join(lines), time.monotonic() - start)
 
     return _run
@@ -205,14 +216,61 @@ def answers() -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def kubectl(run: Runner) -> Callable[..., str]:
-    """Call kubectl on the local cluster and return what it printed."""
+def ask(key: str = "", timeout: float = 60, **more: object) -> str:
+    """One deterministic answer of the local model, through the openai package."""
+    client = openai.OpenAI(base_url=ENDPOINT, api_key=key or api_key(), max_retries=0, timeout=timeout)
+    answer = client.chat.completions.create(  # type: ignore[call-overload]
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        **{"model": MODEL, "temperature": 0, "max_tokens": 32, **more},
+    )
+    return str(answer.choices[0].message.content)
 
-    def _kubectl(*arguments: str) -> str:
-        command = [str(HOME / "bin/kubectl"), "--kubeconfig", str(HOME / "state/kubeconfig"), *arguments]
+
+def wait_until(what: str, missing: Callable[[], str], seconds: float, pause: float = 0.5) -> None:
+    """Wait until `missing` returns nothing; after that many seconds the test fails with what it said last."""
+    end = time.monotonic() + seconds
+    while said := missing():
+        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s; {said}"
+        time.sleep(pause)
+
+
+def no_answer() -> str:
+    """Why the model does not answer; empty when it does."""
+    try:
+        said = ask(timeout=20)
+    except openai.OpenAIError as error:
+        return repr(error)
+    return "" if "Paris" in said else f"it answered {said!r}"
+
+
+Kubectl = Callable[..., str]
+
+
+def kubectl_on(kubeconfig: Path) -> Kubectl:
+    """Return what calls kubectl on a cluster and returns what it printed."""
+
+    def call(*arguments: str) -> str:
+        command = [str(HOME / "bin/kubectl"), "--kubeconfig", str(kubeconfig), *arguments]
         finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
 
-    return _kubectl
+    return call
+
+
+@pytest.fixture(scope="session")
+def kubectl() -> Kubectl:
+    """Call kubectl on the local cluster."""
+    return kubectl_on(HOME / "state/kubeconfig")
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An API server without a node, empty; yields its kubeconfig. For objects that nothing here would run anyway."""
+    settings = Settings(home=HOME)
+    for name in ("packages", "artefacts"):
+        stages.stage(name).apply(settings, print)
+    names = ("etcd", "kube-apiserver", "kube-controller-manager")
+    programs = {name: parts.program(settings, name) for name in names}
+    with control_plane(programs, tmp_path_factory.mktemp("api")) as kubeconfig:
+        yield kubeconfig

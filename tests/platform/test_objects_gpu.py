@@ -1,6 +1,6 @@
 """gpu_plugin on a real API server: every object is accepted, and the role applies, changes its mode, and destroys.
 
-The local cluster has no GPU, so every DaemonSet wants no pod: what is shown is that the objects are valid, that a rerun
+There is no node, so every DaemonSet wants no pod: what is shown is that the objects are valid, that a rerun
 changes nothing, that nothing of another mode is left, and that the role waits for nothing there.
 """
 
@@ -19,7 +19,7 @@ import yaml
 from rayplane_local import parts
 from rayplane_local.settings import Settings
 
-from .conftest import HOME, ROOT, Runner, go_module
+from .conftest import HOME, ROOT, Kubectl, Runner, go_module, kubectl_on
 
 Json = dict[str, Any]
 
@@ -72,9 +72,13 @@ def filters() -> Any:
     return module
 
 
-def test_every_object_is_accepted_by_the_api_server(
-    platform: Path, kubectl: Callable[..., str], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def kubectl(api: Path) -> Kubectl:
+    """Call kubectl on the API server without a node."""
+    return kubectl_on(api)
+
+
+def test_every_object_is_accepted_by_the_api_server(kubectl: Kubectl, tmp_path: Path) -> None:
     seen = {}
     build = filters().gpu_plugin_objects
     for item in itertools.chain.from_iterable(build(variant) for variant in variants()):
@@ -103,7 +107,7 @@ Apply = Callable[..., Any]
 
 
 @pytest.fixture
-def role(run: Runner, platform: Path, tmp_path: Path) -> Iterator[Apply]:
+def role(run: Runner, api: Path, tmp_path: Path) -> Iterator[Apply]:
     """Run the role with variables; whatever it leaves is destroyed after the test."""
     playbook, inventory = tmp_path / "play.yml", tmp_path / "hosts.yml"
     playbook.write_text(yaml.safe_dump(PLAYBOOK))
@@ -114,19 +118,19 @@ def role(run: Runner, platform: Path, tmp_path: Path) -> Iterator[Apply]:
         given = {f"gpu_plugin_{key}": value for key, value in variables.items()}
         given |= {"way": way, "gpu_plugin_cache_dir": str(tmp_path / "cache")}
         command = ["ansible-playbook", str(playbook), "-i", str(inventory), "-e", json.dumps(given), *options]
-        environment = {"K8S_AUTH_KUBECONFIG": str(platform), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
+        environment = {"K8S_AUTH_KUBECONFIG": str(api), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
         return run(*command, env=environment).expect_success()
 
     yield _role
     _role("destroy")
 
 
-def left(kubectl: Callable[..., str]) -> list[str]:
+def left(kubectl: Kubectl) -> list[str]:
     """Names of the role's objects on the cluster."""
     return kubectl("get", KINDS, "-A", "-l", OURS, "-o", "name").split()
 
 
-def test_the_role_applies_once_and_destroys_once(role: Apply, kubectl: Callable[..., str]) -> None:
+def test_the_role_applies_once_and_destroys_once(role: Apply, kubectl: Kubectl) -> None:
     wanted = {"neuron_enabled": True, "time_slicing_replicas": {"nvidia.com/gpu": 4}}
     assert role("main", "--check", "--diff", **wanted).changed == 1
     assert left(kubectl) == []
@@ -147,7 +151,7 @@ def test_the_role_applies_once_and_destroys_once(role: Apply, kubectl: Callable[
     assert "gpu-system" not in kubectl("get", "namespaces")
 
 
-def test_what_somebody_else_installed_is_not_taken_over(run: Runner, role: Apply, kubectl: Callable[..., str]) -> None:
+def test_what_somebody_else_installed_is_not_taken_over(run: Runner, role: Apply, kubectl: Kubectl) -> None:
     kubectl("create", "namespace", "gpu-system")
     with pytest.raises(AssertionError, match="gpu_plugin_adopt"):
         role()
@@ -175,7 +179,7 @@ def operator_chart(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bool]
 
 
 def test_the_operator_replaces_our_daemon_sets_and_goes_when_switched_off(
-    role: Apply, kubectl: Callable[..., str], helm: str, operator_chart: tuple[str, bool]
+    role: Apply, kubectl: Kubectl, helm: str, operator_chart: tuple[str, bool]
 ) -> None:
     chart, today = operator_chart
     wanted: Json = {

@@ -1,4 +1,4 @@
-"""The autoscaler role against a real API server: accepted, applied, switched, drained and removed. Nothing stays.
+"""The autoscaler role against a real API server: accepted, applied, switched, drained and removed.
 
 Neither autoscaler runs here, there is no AWS to add nodes; what is proven is that the API server takes every object,
 Karpenter's by the validation rules (CEL) of its own CRDs.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from rayplane_local import parts
 from rayplane_local.settings import Settings
 
-from .conftest import HOME, ROOT, Run, Runner, go_module
+from .conftest import HOME, ROOT, Kubectl, Run, Runner, go_module, kubectl_on
 
 KARPENTER = "github.com/aws/karpenter-provider-aws"
 DEFAULTS = yaml.safe_load((ROOT / "roles/autoscaler/defaults/main.yml").read_text(encoding="utf-8"))
@@ -90,11 +90,16 @@ POOLS = [
     {"name": "neuron", "accelerator": "neuron", "instance_families": ["inf2"], "instance_sizes": ["xlarge"]},
 ]
 Role = Callable[..., Run]
-Kubectl = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def role(platform: Path, run: Runner, kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+def kubectl(api: Path) -> Kubectl:
+    """Call kubectl on the API server without a node."""
+    return kubectl_on(api)
+
+
+@pytest.fixture(scope="module")
+def role(api: Path, run: Runner, kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Role:
     """Run the role with variables, in a namespace of its own."""
     playbook = tmp_path_factory.mktemp("autoscaler") / "playbook.yml"
     playbook.write_text(PLAYBOOK, encoding="utf-8")
@@ -102,11 +107,10 @@ def role(platform: Path, run: Runner, kubectl: Kubectl, tmp_path_factory: pytest
 
     def _role(*options: str, **variables: Any) -> Run:
         given = playbook.with_name("variables.json")
-        given.write_text(json.dumps({"platform_kubeconfig": str(platform), **variables}), encoding="utf-8")
+        given.write_text(json.dumps({"platform_kubeconfig": str(api), **variables}), encoding="utf-8")
         return run("ansible-playbook", "-i", "inventories/local", str(playbook), "-e", f"@{given}", *options)
 
-    yield _role
-    kubectl("delete", "namespace", NAMESPACE)
+    return _role
 
 
 @pytest.fixture(scope="module")
@@ -139,32 +143,31 @@ def changes(finished: Run) -> set[str]:
     return {line for line in lines if line.startswith(words)}
 
 
-def test_the_cluster_autoscaler_is_accepted_where_it_belongs(role: Role) -> None:
-    plan = role(
-        "--check", platform_autoscaler="cluster_autoscaler", autoscaler_namespace="kube-system"
-    ).expect_success()
-    assert {line for line in changes(plan) if "/" in line} == {
-        f"created {kind} kube-system/cluster-autoscaler"
-        for kind in ("Deployment", "PodDisruptionBudget", "Role", "RoleBinding", "Service", "ServiceAccount")
+def test_the_cluster_autoscaler_is_applied_where_it_belongs(role: Role) -> None:
+    variables = {
+        "platform_autoscaler": "cluster_autoscaler",
+        "autoscaler_namespace": "kube-system",
+        "autoscaler_priorities": {"10": [".*"]},
     }
-
-
-def test_the_cluster_autoscaler_is_applied_once(role: Role) -> None:
-    variables = {"platform_autoscaler": "cluster_autoscaler", "autoscaler_priorities": {"10": [".*"]}}
     plan = role("--check", **variables).expect_success()
     done = role(**variables).expect_success()
     assert changes(plan) == changes(done)
-    assert f"created ConfigMap {NAMESPACE}/cluster-autoscaler-priority-expander" in changes(done)
+    assert {line for line in changes(done) if "/" in line} == {
+        "created ConfigMap kube-system/cluster-autoscaler-priority-expander",
+        *(
+            f"created {kind} kube-system/cluster-autoscaler"
+            for kind in ("Deployment", "PodDisruptionBudget", "Role", "RoleBinding", "Service", "ServiceAccount")
+        ),
+    }
     again = role(**variables).expect_success()
     assert again.changed == 0, again.changed_tasks()
 
 
 def test_karpenter_takes_its_place(role: Role, karpenter: dict[str, Any], kubectl: Kubectl) -> None:
-    role(platform_autoscaler="cluster_autoscaler").expect_success()
     plan = role("--check", **karpenter).expect_success()
     done = role(**karpenter).expect_success()
     assert changes(plan) == changes(done)
-    assert f"deleted Deployment {NAMESPACE}/cluster-autoscaler" in changes(done)
+    assert "deleted Deployment kube-system/cluster-autoscaler" in changes(done)
     again = role(**karpenter).expect_success()
     assert again.changed == 0, again.changed_tasks()
     for kind, wanted in (("nodepools", POOLS), ("ec2nodeclasses", CLASSES)):
@@ -230,7 +233,6 @@ def test_everything_goes_and_is_gone(role: Role, karpenter: dict[str, Any], kube
 
 
 def test_somebody_elses_autoscaler_is_left_alone(role: Role, kubectl: Kubectl) -> None:
-    role(platform_autoscaler="none").expect_success()
     kubectl("-n", NAMESPACE, "create", "serviceaccount", "cluster-autoscaler")
     refused = role(platform_autoscaler="cluster_autoscaler")
     assert refused.failed

@@ -1,0 +1,16 @@
+"""`make destroy` removes what deploy made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .conftest import NAMESPACE, Kubectl, Runner, aws, our_vpcs
+
+
+def test_destroy_removes_what_deploy_made(deployed: Path, make: Runner, kubectl: Kubectl) -> None:
+    make("destroy").expect_success()
+    assert our_vpcs() == []
+    assert aws("eks").list_clusters()["clusters"] == []
+    assert f"namespace/{NAMESPACE}" not in kubectl("get", "namespaces", "--output", "name").split()
+    assert "ray-llm-cluster-local-models" in [bucket["Name"] for bucket in aws("s3").list_buckets()["Buckets"]]
+    assert make("destroy").expect_success().changed == 0
