@@ -69,6 +69,8 @@ def config(settings: Settings) -> str:
             "cgroupDriver": "cgroupfs",
             "containerRuntimeEndpoint": f"unix://{settings.containerd_socket}",
             "failSwapOn": False,
+            # Debian 12 in a container may have version 1 only, which Kubernetes refuses by default since 1.35.
+            "failCgroupV1": False,
             "enforceNodeAllocatable": ["pods"],
             # Nothing can pull an image back that the kubelet deleted to free disk space.
             "imageGCHighThresholdPercent": 100,
@@ -140,10 +142,10 @@ def pending(settings: Settings) -> list[str]:
     return [f"wait: {error}"] if (error := node_error(settings)) else []
 
 
-def other_recipe(settings: Settings) -> bool:
-    """Whether a cluster is there that was made from other settings or versions."""
+def other_recipe(settings: Settings) -> str | None:
+    """The Kubernetes version of a cluster that was made from other settings or versions, or None."""
     made = read_json(stamp(settings))
-    return made is not None and made.get("key") != key(settings)
+    return None if made is None or made.get("key") == key(settings) else made.get("kubernetes", "of another version")
 
 
 def init(settings: Settings, step: Step) -> list[str]:
