@@ -1,19 +1,36 @@
 """The pure parts of the local platform: keys, stages, checks, parsing, and the files it writes for others to read."""
 
+import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import threading
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from rayplane_local import checks, cluster, firewall, graph, keys, locking, network, oci, parts, services, shell, stages
+from rayplane_local import (
+    checks,
+    cluster,
+    firewall,
+    graph,
+    keys,
+    locking,
+    network,
+    oci,
+    parts,
+    releases,
+    services,
+    shell,
+    stages,
+)
 from rayplane_local.errors import CommandError, PlatformError, Problem, RefusedError
 from rayplane_local.progress import Step, duration, table
 from rayplane_local.settings import Settings
@@ -342,6 +359,19 @@ def test_another_kubernetes_is_told_from_ones_own() -> None:
     assert "RAYPLANE_HOME=/other make local-down" in other.cure
 
 
+def test_a_cluster_of_another_version_is_named_with_the_way_to_the_present_one(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    monkeypatch.setattr(checks.os, "geteuid", lambda: 0)
+    assert list(checks.recipe(settings)) == []
+    keys.write_text(cluster.stamp(settings), json.dumps({"key": "other", "kubernetes": "v1.34.4"}))
+    (problem,) = checks.recipe(settings)
+    assert "v1.34.4" in problem.what and f"v{parts.KUBERNETES_VERSION}" in problem.what
+    assert "make local-down" in problem.cure and "make deploy" in problem.cure
+    keys.write_text(cluster.stamp(settings), json.dumps({"key": cluster.key(settings), "kubernetes": "v1.36.3"}))
+    assert list(checks.recipe(settings)) == []
+
+
 TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:11D6 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1 0 100 0 0 10 0
@@ -374,13 +404,59 @@ def test_the_holder_of_a_port_is_found() -> None:
 # Parts
 
 
-def test_every_part_has_its_module_and_only_pinned_releases() -> None:
+def test_every_part_has_its_module_and_only_releases_with_a_checksum() -> None:
     for part in parts.PARTS:
         assert (part.module / "go.sum").is_file()
         if part.release is not None:
             algorithm, _, value = part.release.checksum.partition(":")
-            assert len(value) == {"sha256": 64, "sha512": 128}[algorithm]
+            address = f"https://dl.k8s.io/{part.release.file}.{algorithm}"
+            assert value == address or len(value) == {"sha256": 64, "sha512": 128}[algorithm]
             assert set(part.release.members) == set(part.programs)
+
+
+def test_everything_but_the_operator_builds_against_one_kubernetes() -> None:
+    replaced = (parts.part("kubernetes").module / "go.mod").read_text().partition("replace (")[2]
+    assert set(re.findall(r"k8s\.io/[a-z-]+ (v\S+)", replaced)) == {f"v0.{parts.KUBERNETES_VERSION.partition('.')[2]}"}
+    others = {item.name for item in (*parts.PARTS, *parts.ON_DEMAND) if item.module != parts.part("kubernetes").module}
+    assert others == {"kuberay"}
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[parts.Part, Settings]:
+    """A release whose checksum lies beside it, as its upstream publishes it, and the settings to take it with."""
+    with tarfile.open(tmp_path / "tool.tar.gz", "w:gz") as tar:
+        tar.add(__file__, "bin/tool")
+    address = f"{tmp_path.as_uri()}/tool.tar.gz.sha512"
+    value = hashlib.sha512((tmp_path / "tool.tar.gz").read_bytes()).hexdigest()
+    (tmp_path / "tool.tar.gz.sha512").write_text(f"{value}  tool.tar.gz\n")
+    release = releases.Release("etcd", "tool.tar.gz", f"sha512:{address}", {"tool": "bin/tool"})
+    bases = {"etcd": tmp_path.as_uri()}
+    part = replace(parts.part("etcd"), programs={"tool": "tool"}, release=release)
+    return part, Settings(home=tmp_path / "home", source="release", release_bases=bases)
+
+
+def test_a_release_is_held_to_the_checksum_that_upstream_publishes(
+    tmp_path: Path, published: tuple[parts.Part, Settings]
+) -> None:
+    part, settings = published
+    parts.take_release(settings, part, Step("release"))
+    assert (parts.ready_folder(settings, part) / "bin" / "tool").read_bytes() == Path(__file__).read_bytes()
+    other = replace(settings, home=tmp_path / "other", release_checksums={"etcd": f"sha256:{'0' * 64}"})
+    with pytest.raises(PlatformError, match=f"pinned is {'0' * 64}"):
+        parts.take_release(other, part, Step("release"))
+
+
+@pytest.mark.parametrize("text", ["0" * 128, "0" * 64, "<html>sign in</html>", "", None])
+def test_nothing_is_unpacked_without_its_published_checksum(
+    tmp_path: Path, published: tuple[parts.Part, Settings], text: str | None
+) -> None:
+    part, settings = published
+    sums = tmp_path / "tool.tar.gz.sha512"
+    sums.unlink() if text is None else sums.write_text(text)
+    wanted = "is not the file that was pinned" if text == "0" * 128 else "local_platform_release_checksums.etcd"
+    with pytest.raises(PlatformError, match=wanted):
+        parts.take_release(settings, part, Step("release"))
+    assert parts.folder(settings, part) is None
 
 
 def test_versions_in_the_code_are_those_of_the_modules() -> None:
@@ -446,6 +522,7 @@ def test_the_cluster_listens_on_the_platforms_address_only(settings: Settings) -
     assert documents["KubeletConfiguration"]["address"] == "10.97.0.1"
     assert documents["KubeProxyConfiguration"]["nodePortAddresses"] == ["127.0.0.0/8"]
     assert documents["ClusterConfiguration"]["certificateValidityPeriod"] == cluster.CERTIFICATE_HOURS
+    assert documents["KubeletConfiguration"]["failCgroupV1"] is False
 
 
 # Firewall
@@ -516,8 +593,6 @@ def test_an_image_archive_is_a_whole_oci_layout_and_always_the_same(tmp_path: Pa
         "example.com/one:1",
         "example.com/two:1",
     ]
-    import hashlib
-
     for name, data in blobs.items():
         if name.startswith("blobs/"):
             assert hashlib.sha256(data).hexdigest() == name.rpartition("/")[2]

@@ -175,10 +175,12 @@ def ports(
 
 
 def recipe(settings: Settings) -> Iterable[Problem]:
-    if os.geteuid() == 0 and cluster.other_recipe(settings):
+    made = cluster.other_recipe(settings) if os.geteuid() == 0 else None
+    if made is not None:
         yield Problem(
-            "The cluster that is up was made from other versions or settings than the present ones.",
-            "take it down (make local-down; caches stay) and deploy again.",
+            f"The cluster that is up was made with Kubernetes {made} from other versions or settings than the present "
+            f"ones (Kubernetes {images.KUBERNETES}); it is not upgraded in place.",
+            "run make local-down, which keeps the caches, and then make deploy.",
         )
 
 

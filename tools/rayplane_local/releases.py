@@ -1,8 +1,9 @@
-"""Upstream's release files: is upstream there, and is what came what was pinned."""
+"""Upstream's release files: is upstream there, and is what came what its checksum says."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 import urllib.error
@@ -21,8 +22,9 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Release:
-    """One release file: the name of its base address, its path below it, its checksum (ALGORITHM:HEX), and the
-    programs in it.
+    """One release file: the name of its base address, its path below it, its checksum, and the programs in it.
+
+    The checksum is ALGORITHM:HEX, or ALGORITHM:ADDRESS of the file in which upstream publishes it.
     """
 
     base: str
@@ -70,6 +72,23 @@ def digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
+def published(release: Release, algorithm: str, address: str) -> str:
+    """The checksum, in hex, that the file at an address begins with."""
+    length = 2 * hashlib.new(algorithm).digest_size
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:  # noqa: S310  upstream's, or the inventory's
+            text = answer.read(BLOCK).decode(errors="replace")
+    except (OSError, ValueError) as error:
+        text = str(error)
+    if not (found := re.match(rf"[0-9a-f]{{{length}}}(?=\s|$)", text)):
+        raise PlatformError(
+            f"{address} gave no {algorithm} checksum of {release.file}: {text.strip()[:200]!r}. "
+            f"Set it in local_platform_release_checksums.{release.base} ({algorithm}:HEX), "
+            "or set local_platform_source to 'build'."
+        )
+    return found[0]
+
+
 def download(release: Release, settings: Settings, target: Path, step: Step) -> None:
     """Bring a release file to target, going on where an earlier try stopped, and hold it to its checksum.
 
@@ -82,6 +101,8 @@ def download(release: Release, settings: Settings, target: Path, step: Step) -> 
             f"local_platform_source is 'release', but no address is set for {release.base}: "
             f"set local_platform_release_base_{release.base}."
         )
+    if "://" in wanted:
+        wanted = published(release, algorithm, wanted)
     if target.is_file() and digest(target, algorithm) == wanted:
         return
     part = target.with_name(f"{target.name}.part")
