@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+from serve_app.gateway import client, dynamic, store
+
+from .ports import reserve
 from .running import Gateway, start
+from .waiting import LONG_S, wait_until
+
+# The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
 
 StartGateway = Callable[..., Gateway]
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listened on a moment ago."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """In this process, what is looked at now and then is looked at often, and no connection is idle for too long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "HEARTBEAT_S", 0.2)
+        patch.setattr(store, "RETRY_MOST_S", 0.1)
+        patch.setattr(dynamic, "POLL_S", 0.05)
+        patch.setattr(client, "KEEP_ALIVE_S", 600)
+        yield
+
+
+@pytest.fixture
+def port() -> Iterator[Callable[[], int]]:
+    """Ports of this test's own, where nobody listens unless the test starts somebody."""
+    with ExitStack() as held:
+        yield lambda: int(held.enter_context(reserve()).getsockname()[1])
 
 
 class RedisServer:
@@ -31,7 +53,8 @@ class RedisServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self._held = reserve()
+        self.port: int = self._held.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -54,39 +77,48 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                if self.command("PING").startswith(b"+PONG"):
-                    return
-            except OSError:
-                pass
-            assert time.monotonic() < deadline, "redis-server does not answer"
-            time.sleep(0.02)
+        wait_until(self._answers, "redis-server answers", lambda: self.process and self.process.poll())
+
+    def _answers(self) -> bool:
+        try:
+            return self.command("PING").startswith(b"+PONG")
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End it as a restart would; nothing is saved."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(LONG_S)
 
     def freeze(self) -> None:
         """Stop it from answering while its connections stay open, as behind a partition."""
         assert self.process is not None
-        os.kill(self.process.pid, 19)
+        self.process.send_signal(signal.SIGSTOP)
+        # It runs on for a moment on another core.
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def thaw(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.kill(self.process.pid, 18)
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End it for good."""
+        self.thaw()
+        self.stop()
+        self._held.close()
 
 
 @pytest.fixture(scope="session")
 def redis_program() -> str:
     """redis-server; installed from Debian's packages where root may do so."""
-    if not shutil.which("redis-server") and os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "redis-server"]):
-            subprocess.run(["apt-get", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+    with (Path(tempfile.gettempdir()) / "rayplane-redis-server.lock").open("w") as lock:
+        # Of several test processes one installs.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shutil.which("redis-server") and os.geteuid() == 0 and shutil.which("apt-get"):
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+            for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "redis-server"]):
+                subprocess.run(["apt-get", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
     found = shutil.which("redis-server")
     if not found:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
@@ -97,7 +129,7 @@ def redis_program() -> str:
 def shared_redis(redis_program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
-    server.stop()
+    server.close()
 
 
 @pytest.fixture
@@ -112,8 +144,7 @@ def redis_server(redis_program: str, tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of this test alone, which it may stop, start, freeze and thaw."""
     server = RedisServer(tmp_path)
     yield server
-    server.thaw()
-    server.stop()
+    server.close()
 
 
 @pytest.fixture

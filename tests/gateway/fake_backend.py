@@ -4,7 +4,7 @@ It answers as vLLM does (compact JSON, the same order of fields, `stream_options
 `continuous_usage_stats`) with texts that depend on the request alone, so that two requests with the same messages get
 the same bytes. Knobs (class `Knobs`) are set for all requests by `POST /control` with a JSON object, for one request by
 headers: `x-fake-token-s: 0.1` sets `token_s`. `GET /seen` lists the requests it got, `GET /generated` counts the tokens
-it really wrote, `POST /reset` forgets both and the knobs.
+it really wrote, `POST /reset` forgets both and the knobs, `POST /release` ends what `hold` began.
 
 It speaks HTTP/1.1 over a plain asyncio transport, because a framework would not let it break the protocol.
 
@@ -17,12 +17,13 @@ import argparse
 import asyncio
 import base64
 import http.client
+import inspect
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,9 @@ from typing import Any, Literal
 import httptools
 import msgspec
 import uvloop
+
+from .ports import reserve, taken
+from .waiting import LONG_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CREATED = 1_700_000_000
@@ -86,7 +90,9 @@ class Knobs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     die: Literal["", "before", "headers", "mid"] = ""
     #: Fall silent with the connection open, at the same places.
     hang: Literal["", "before", "headers", "mid"] = ""
-    #: Tokens before die, hang, or a garbage chunk or event.
+    #: Wait with the connection open, at the same places, until `POST /release`.
+    hold: Literal["", "before", "headers", "mid"] = ""
+    #: Tokens before die, hang, hold, or a garbage chunk or event.
     after: int = 2
     #: json: 200 with no JSON; length: less body than content-length (or no last chunk), then the end; binary: no HTTP;
     #: chunk: a broken chunk header mid-stream; event: an event with broken JSON mid-stream.
@@ -192,6 +198,7 @@ class State:
         self.output_tokens = 0
         self.input_tokens = 0
         self.by_model: dict[str, dict[str, int]] = {}
+        self.released = asyncio.Event()
 
     def generated(self, model: str, prompt: int, output: int) -> None:
         self.input_tokens += prompt
@@ -748,6 +755,8 @@ class Connection(asyncio.Protocol):
             await later(knobs.latency_s)
         if knobs.hang == "before":
             await later(1e6)
+        if knobs.hold == "before":
+            await until(state.released)
         if knobs.die == "before":
             raise DieError
         if state.knobs.fail_first > state.failures:
@@ -848,6 +857,8 @@ class Connection(asyncio.Protocol):
             raise DieError
         if knobs.hang == "headers":
             await later(1e6)
+        if knobs.hold == "headers":
+            await until(self.state.released)
         if knobs.first_token_s:
             await later(knobs.first_token_s)
         self.state.generated(plan.model, plan.prompt, 0)
@@ -887,8 +898,12 @@ class Connection(asyncio.Protocol):
             raise DieError
         if knobs.hang == "mid":
             await later(1e6)
+        if knobs.hold == "mid":
+            await until(self.state.released)
         if knobs.garbage == "chunk":
             # A reader that is late would else see the head, all chunks and the fault at once: an answer that is none.
+            while not taken(self.transport.get_extra_info("socket")):
+                await later(0.005)
             await later(0.05)
             self.transport.write(b"zz\r\nnot a chunk\r\n")
             await later(0.05)
@@ -1046,6 +1061,10 @@ class Connection(asyncio.Protocol):
         self.state.reset()
         self.respond(200, b"{}")
 
+    def release(self, request: Request) -> None:
+        self.state.released.set()
+        self.respond(200, b"{}")
+
     def seen(self, request: Request) -> None:
         self.respond(200, encode([one.seen() for one in self.state.requests]))
 
@@ -1071,6 +1090,7 @@ class Connection(asyncio.Protocol):
 CONTROLS: dict[str, Callable[[Connection, Request], None]] = {
     "/control": Connection.control,
     "/reset": Connection.reset,
+    "/release": Connection.release,
     "/seen": Connection.seen,
     "/generated": Connection.generated,
 }
@@ -1135,12 +1155,12 @@ class FakeBackend:
     """A fake backend in a process of its own: `with FakeBackend(tokens=3) as backend: ...`.
 
     Args:
-        port: 0: a free one; `restart` keeps it.
         knobs: Fields of `Knobs`, kept over `reset`.
     """
 
-    def __init__(self, port: int = 0, **knobs: Any) -> None:
-        self.port = port
+    def __init__(self, **knobs: Any) -> None:
+        self._held = reserve()
+        self.port: int = self._held.getsockname()[1]
         self.knobs = knobs
         self.process: subprocess.Popen[str] | None = None
 
@@ -1150,6 +1170,7 @@ class FakeBackend:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._held.close()
 
     @property
     def url(self) -> str:
@@ -1169,15 +1190,14 @@ class FakeBackend:
         self.process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("listening on "), line
-        self.port = int(line.split()[-1])
+        assert line == f"listening on {self.port}\n", line
 
     def stop(self) -> None:
         """End it; its port refuses connections until `start`."""
         if self.process is not None:
             self.thaw()
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(LONG_S)
             assert self.process.stdout is not None
             self.process.stdout.close()
             self.process = None
@@ -1192,6 +1212,8 @@ class FakeBackend:
         """Connections are accepted (by the kernel) and nothing is answered."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        # It runs on for a moment on another core.
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def thaw(self) -> None:
         assert self.process is not None
@@ -1203,7 +1225,7 @@ class FakeBackend:
 
     def ask_raw(self, method: str, path: str, body: Any = None) -> bytes:
         """One request past any gateway; the answer's bytes, whatever its status."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LONG_S)
         try:
             connection.request(
                 method, path, encode(body) if body is not None else None, {"content-type": "application/json"}
@@ -1219,6 +1241,10 @@ class FakeBackend:
     def reset(self) -> None:
         self.ask("POST", "/reset", {})
 
+    def release(self) -> None:
+        """Let those go on that `hold` keeps."""
+        self.ask("POST", "/release", {})
+
     def seen(self, path: str = "") -> list[dict[str, Any]]:
         """The requests so far, oldest first; health checks too, unless `path` (a beginning) tells which."""
         return [one for one in self.ask("GET", "/seen") if one["path"].startswith(path)]
@@ -1229,15 +1255,16 @@ class FakeBackend:
         answer: dict[str, Any] = self.ask("GET", "/generated")
         return answer
 
-    def wait(self, check: Callable[[dict[str, Any]], bool], seconds: float = 20) -> dict[str, Any]:
+    def wait(self, check: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The counts as soon as `check` is content with them."""
-        deadline = time.monotonic() + seconds
-        while True:
-            counts = self.generated()
-            if check(counts):
-                return counts
-            assert time.monotonic() < deadline, counts
-            time.sleep(0.02)
+        counts: dict[str, Any] = {}
+
+        def content() -> bool:
+            counts.update(self.generated())
+            return check(counts)
+
+        wait_until(content, inspect.getsource(check).strip(), lambda: counts)
+        return counts
 
 
 def main() -> None:

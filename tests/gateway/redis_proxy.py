@@ -16,6 +16,8 @@ class RedisProxy:
         self.holding = False
         self._held: list[tuple[asyncio.StreamWriter, bytes]] = []
         self.connections = 0
+        #: Answers (or pieces of them) that were swallowed.
+        self.swallowed = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -84,6 +86,8 @@ class RedisProxy:
             while data := await reader.read(65536):
                 if self.holding and not answers:
                     self._held.append((writer, data))
-                elif not (answers and self.deaf):
+                elif answers and self.deaf:
+                    self.swallowed += 1
+                else:
                     writer.write(data)
                     await writer.drain()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +14,8 @@ from serve_app.gateway.config import Backend, Config, Health, Route, Target, Tim
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.routing import Answer, Call, Router
 
-#: Checks that come often, ejection that is out of the way.
-QUICK = Health(interval_s=0.1, timeout_s=0.5, eject_after=1000)
+#: Checks that come often and have time, ejection that is out of the way.
+QUICK = Health(interval_s=0.05, timeout_s=60, eject_after=1000)
 LIMIT = 1 << 24
 
 
@@ -91,12 +89,22 @@ class Routed:
 
 
 def settings(
-    backends: dict[str, str], route: dict[str, Any] | None = None, timeouts: Timeouts | None = None, **fields: Any
+    backends: dict[str, str],
+    route: dict[str, Any] | None = None,
+    timeouts: dict[str, Timeouts] | None = None,
+    **fields: Any,
 ) -> Config:
-    """Backends by name and URL, all of them targets of the model `m` unless `route` says otherwise."""
-    given = {"health": QUICK, "timeouts": timeouts or Timeouts(), **fields}
+    """Backends by name and URL, all of them targets of the model `m` unless `route` says otherwise.
+
+    Time-outs of a backend that are not given are longer than any busy machine takes.
+    """
+    given = {"health": QUICK, **fields}
+    patient = Timeouts(connect_s=60)
     return Config(
-        backends={name: Backend(url=url, **given) for name, url in backends.items()},
+        backends={
+            name: Backend(url=url, timeouts=(timeouts or {}).get(name, patient), **given)
+            for name, url in backends.items()
+        },
         routes={"m": Route(**{"backends": [Target(backend=name) for name in backends], **(route or {})})},
     )
 
@@ -111,14 +119,6 @@ async def routed(config: Config, *, start: bool = False) -> AsyncIterator[Routed
         yield made
     finally:
         await made.router.close()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.01)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

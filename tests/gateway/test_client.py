@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 from serve_app.gateway import client
 from serve_app.gateway.client import BrokenError, ClientError, ConnectError, Connections, GarbageError, Response
 
+from .ports import reserve
 from .routed import run
+from .waiting import LONG_S, until
 
 HEAD = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -112,12 +114,6 @@ async def whole(response: Response) -> bytes:
     while not response.over:
         pieces.append(await response.piece())
     return b"".join(pieces)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 # --- answers
@@ -235,17 +231,21 @@ def test_connections_that_are_not_used_again(answer: bytes) -> None:
 
 
 def test_what_comes_without_a_question_ends_the_connection() -> None:
+    read = asyncio.Event()
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(OK)
         await writer.drain()
-        await asyncio.sleep(0.05)
+        await read.wait()
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison")
         await reader.read()
 
     async def main() -> None:
         async with serving(talk) as (server, connections):
             assert await whole(await ask(connections)) == b"ok"
+            assert len(connections) == 1
+            read.set()
             await until(lambda: len(connections) == 0)
             assert await whole(await ask(connections)) == b"ok"
             assert server.accepted == 2
@@ -420,7 +420,7 @@ def test_an_answer_before_the_request_was_sent() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nbig")
-        await asyncio.sleep(5)
+        await asyncio.Event().wait()
 
     async def main() -> None:
         async with serving(talk) as (server, connections):
@@ -459,23 +459,30 @@ def test_bodies_arrive(size: int) -> None:
 
 
 def test_idle_connections_are_closed_before_the_server_closes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "KEEP_ALIVE_S", 0.2)
-
     async def main() -> None:
         async with serving(always) as (server, connections):
             both = [await ask(connections) for _ in range(2)]
             for one in both:
                 await whole(one)
             assert len(connections) == 2
-            await asyncio.sleep(0.1)
             assert await whole(await ask(connections)) == b"ok"
             assert server.accepted == 2
             # The one that was not used goes first.
-            await until(lambda: len(connections) == 1, 0.2)
-            await until(lambda: server.open == 0, 1)
+            unused, used = connections._idle
+            unused.idle_since -= client.KEEP_ALIVE_S
+            connections._sweep()
+            assert list(connections._idle) == [used]
+            used.idle_since -= client.KEEP_ALIVE_S
             assert connections.kept() is None
+            await until(lambda: server.open == 0)
             assert await whole(await ask(connections)) == b"ok"
             assert server.accepted == 3
+        monkeypatch.setattr(client, "KEEP_ALIVE_S", 0.05)
+        async with serving(always) as (server, connections):
+            await whole(await ask(connections))
+            # By itself.
+            await until(lambda: server.open == 0)
+            assert len(connections) == 0
 
     run(main())
 
@@ -534,7 +541,7 @@ def test_who_waits_for_a_connection_may_go() -> None:
                 tasks = [once(connections, 0.001 * number) for number in range(20)]
                 await asyncio.gather(*tasks, return_exceptions=True)
             # No place was lost on the way, and none was given twice.
-            answers = await asyncio.gather(*(once(connections, 10) for _ in range(20)))
+            answers = await asyncio.gather(*(once(connections, LONG_S) for _ in range(20)))
             assert answers == [b"ok"] * 20
             assert len(connections) == 2
             await until(lambda: server.open == 2)
@@ -572,30 +579,33 @@ def test_who_waits_for_a_name_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(always) as (server, _):
             asked = 0
+            known = asyncio.Event()
 
             async def look_up(host: str, port: int) -> list[Any]:
                 nonlocal asked
                 asked += 1
-                await asyncio.sleep(0.3)
+                await known.wait()
                 if asked == 1:
                     raise OSError("no such name")
                 return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
 
             monkeypatch.setattr(client, "_look_up", look_up)
             connections = Connections("http://slow.test", tls=insecure, idle=1)
-            failed = await asyncio.gather(*(connections.open() for _ in range(3)), return_exceptions=True)
+            opening = [asyncio.ensure_future(connections.open()) for _ in range(3)]
+            await until(lambda: asked == 1)
+            known.set()
+            failed = await asyncio.gather(*opening, return_exceptions=True)
             assert [type(one) for one in failed] == [ConnectError] * 3
             assert asked == 1
             # Each waits for less than the look-up takes; together they get there.
-            opened = []
-            for _ in range(6):
-                try:
-                    async with asyncio.timeout(0.1):
-                        opened.append(await connections.open())
-                except TimeoutError:
-                    continue
+            known.clear()
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.02):
+                        await connections.open()
+            known.set()
+            assert (await connections.open()).usable
             assert asked == 2
-            assert opened
             await connections.close()
             assert len(connections) == 0
 
@@ -629,12 +639,13 @@ def test_many_who_come_while_a_name_is_being_looked_up(monkeypatch: pytest.Monke
 
 def test_a_server_that_is_away() -> None:
     async def main() -> None:
-        async with serving(always) as (server, connections):
+        async with serving(always) as (_, connections):
             pass
-        away = Connections(f"http://127.0.0.1:{server.port}", tls=insecure, idle=1, most=1)
-        for _ in range(3):
-            with pytest.raises(ConnectError):
-                await away.open()
+        with reserve() as nobody:
+            away = Connections(f"http://127.0.0.1:{nobody.getsockname()[1]}", tls=insecure, idle=1, most=1)
+            for _ in range(3):
+                with pytest.raises(ConnectError):
+                    await away.open()
         for url in ("http://no.such.name.invalid", f"http://{'a' * 70}.test"):
             with pytest.raises(ConnectError):
                 await Connections(url, tls=insecure, idle=1).open()
@@ -661,11 +672,13 @@ def test_a_silent_host_is_asked_for_a_sign_of_life() -> None:
 
 
 def test_the_next_address_is_tried_and_all_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither is the next one tried because this machine is busy, nor is the name looked up again.
+    monkeypatch.setattr(client, "_NEXT_ADDRESS_S", 60)
+    monkeypatch.setattr(client, "_RESOLVED_S", 60)
+
     async def main() -> None:
         async with serving(always) as (one, _), serving(always) as (two, _):
-            with socket.create_server(("127.0.0.1", 0)) as closed:
-                dead = closed.getsockname()[1]
-            ports = [one.port, two.port, dead]
+            ports = [one.port, two.port, nobody.getsockname()[1]]
             asked = 0
 
             async def look_up(host: str, port: int) -> list[Any]:
@@ -681,7 +694,8 @@ def test_the_next_address_is_tried_and_all_get_their_share(monkeypatch: pytest.M
             assert one.accepted + two.accepted == 12
             assert min(one.accepted, two.accepted) >= 4
 
-    run(main())
+    with reserve() as nobody:
+        run(main())
 
 
 def test_the_host_as_the_server_is_told() -> None:
@@ -808,7 +822,7 @@ def test_the_end_of_a_large_answer_over_tls_is_not_lost(certificate: tuple[Path,
         thread = threading.Thread(target=serve, args=(listening,), daemon=True)
         thread.start()
         run(main())
-        thread.join(10)
+        thread.join(LONG_S)
 
 
 def test_closing_ends_what_is_under_way() -> None:
@@ -819,7 +833,7 @@ def test_closing_ends_what_is_under_way() -> None:
         async with serving(hold) as (server, connections):
             response = await ask(connections)
             waiting = asyncio.ensure_future(response.first())
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
             await connections.close()
             with pytest.raises(ClientError):
                 await waiting

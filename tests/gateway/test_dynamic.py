@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from serve_app.gateway import config
+from serve_app.gateway import config, dynamic
 from serve_app.gateway.dynamic import Dynamic, Purge, Revocation
 from serve_app.gateway.errors import Unavailable
 from serve_app.gateway.store import Store
 
 from .conftest import RedisServer
+from .waiting import until
 
 
 class Clock:
@@ -26,23 +27,19 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def replica(url: str, clock: Callable[[], float] = time.time) -> AsyncIterator[tuple[Dynamic, Store]]:
-    store = Store(config.Store(url=url))
-    dynamic = Dynamic(store, clock=clock)
+async def replica(
+    url: str, clock: Callable[[], float] = time.time, timeout_ms: int = 20_000
+) -> AsyncIterator[tuple[Dynamic, Store]]:
+    store = Store(config.Store(url=url, timeout_ms=timeout_ms))
+    made = Dynamic(store, clock=clock)
     await store.start()
-    await dynamic.start()
+    await made.start()
     try:
-        yield dynamic, store
+        yield made, store
     finally:
-        await dynamic.close()
-        await dynamic.close()
+        await made.close()
+        await made.close()
         await store.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def run(work: Awaitable[None]) -> None:
@@ -183,7 +180,7 @@ def test_an_emptied_redis_is_filled_again(redis_server: RedisServer) -> None:
                 await three.restore("key-1")
                 await until(lambda: not one.revoked and not two.revoked)
             # Nobody brings it back.
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(6 * dynamic.POLL_S)
             assert not one.revoked
             assert not two.revoked
 
@@ -205,12 +202,16 @@ def test_a_redis_flushed_under_an_open_connection_is_filled_again(redis_server: 
 
 def test_a_frozen_redis_blocks_nobody(redis_server: RedisServer) -> None:
     async def work() -> None:
-        async with replica(redis_server.url) as (one, store):
-            await one.revoke("key-1", actor="root")
+        async with replica(redis_server.url) as (other, _):
+            await other.revoke("key-1", actor="root")
+        async with replica(redis_server.url, timeout_ms=300) as (one, store):
+            await until(lambda: one.revoked == {"key-1"})
             redis_server.freeze()
             with pytest.raises(Unavailable):
                 await one.revoke("key-2", actor="root")
             assert one.revoked >= {"key-1"}
+            # The connections to come have time.
+            store.timeout_s = 20
             redis_server.thaw()
             await until(lambda: store.available)
             await one.restore("key-1")
@@ -279,7 +280,7 @@ def test_a_listener_is_called_only_for_changes(redis_url: str) -> None:
             calls: list[int] = []
             one.on_change.append(lambda: calls.append(1))
             await one.revoke("key-1", actor="root")
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(6 * dynamic.POLL_S)
             assert calls == [1]
             assert one.revocations == {"key-1": Revocation("root", at=one.revocations["key-1"].at)}
 

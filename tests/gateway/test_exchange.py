@@ -7,7 +7,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +58,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
 def _upload(gateway: Gateway, role: str, size: int, sent: int) -> socket.socket:
     """A request whose body never ends."""
     parts = urlsplit(gateway.url)
-    made = socket.create_connection((parts.hostname, parts.port), timeout=20)
+    made = socket.create_connection((parts.hostname, parts.port), timeout=60)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {gateway.key(role)}\r\n"
     made.sendall(f"{head}content-type: application/json\r\ncontent-length: {size}\r\n\r\n".encode())
     with contextlib.suppress(OSError):
@@ -232,18 +231,17 @@ def test_a_streams_head_does_not_wait_for_the_filters(gateway: StartGateway, bac
     roles = {**ROLES, "basic": {"models": ["m"], "filters": ["private"]}}
     one = gateway(settings(backend.url, roles=roles, filters=REDACT))
     # What may become the number of a card is held back.
-    backend.control(text="4111 1111 1111 1111 1111 9", token_s=0.4)
+    backend.control(text="4111 1111 1111 1111 1111 9", hold="mid", after=2)
     body = {"model": "m", "prompt": "Hello", "stream": True}
     request = urllib.request.Request(
         f"{one.url}/v1/completions",
         json.dumps(body).encode(),
         {"content-type": "application/json", "authorization": f"Bearer {one.key('basic')}"},
     )
-    began = time.monotonic()
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        headed = time.monotonic() - began
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
+        backend.release()
         assert answer.read().endswith(b"data: [DONE]\n\n")
-    assert headed < 1 < time.monotonic() - began
 
 
 # --- copies
@@ -265,7 +263,7 @@ def test_what_nobody_may_keep_is_not_copied(gateway: StartGateway, backend: Fake
         assert ask(f"{one.url}/v1/files/file-1", key=one.key("admin"), method="DELETE").status == 200
         one.chat("copied")
         copy.wait(lambda _: bool(copy.seen("/v1/chat/completions")))
-        time.sleep(0.2)
+        assert one.stop() == 0
         assert [seen["json"]["messages"][0]["content"] for seen in copy.seen("/v1/chat/completions")] == ["copied"]
         assert not copy.seen("/v1/files")
         assert len(backend.seen("/v1/files")) == 2

@@ -311,7 +311,7 @@ def test_words(options: dict[str, Any], text: str, expected: str) -> None:
     assert (body or ask(text)) == ask(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.text("abc .$", min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=12),
     st.text("abc .$", max_size=40),
@@ -650,7 +650,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     body=st.dictionaries(
         st.sampled_from(

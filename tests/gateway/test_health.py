@@ -9,7 +9,8 @@ import pytest
 from serve_app.gateway.config import Health as Settings
 from serve_app.gateway.health import MAX_EJECTION, Health, watch
 
-from .routed import run, until
+from .routed import run
+from .waiting import until
 
 
 def health(**settings: object) -> tuple[Health, list[bool], list[float]]:

@@ -374,7 +374,7 @@ def test_a_token_just_small_enough() -> None:
     assert check(sign(claims(padding="x" * 11_000)), issuer(pem(RSA)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.text(max_size=60),
@@ -385,7 +385,7 @@ def test_any_text_is_refused_in_one_way(token: str) -> None:
     refused(token)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(
         st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "role", "x"]),

@@ -382,7 +382,7 @@ def test_other_threads_get_a_turn_after_every_piece(
         ("keys/0/id", "jwt:x", "keys[0].id: is no id for a key"),
         ("keys/0/id", "anonymous", "keys[0].id: is no id for a key"),
         ("keys/0/id", "a b", "keys[0].id: is no id for a key"),
-        ("keys/0/prefix", BOB.prefix, "keys[1].prefix: keys[0] has the same prefix"),
+        pytest.param("keys/0/prefix", BOB.prefix, "keys[1].prefix: keys[0] has the same prefix", id="same prefix"),
         (
             "keys/0/prefix",
             "short",
@@ -696,7 +696,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("any")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_change_to_a_configuration_loads_or_is_refused_by_name(folder: Path, data: st.DataObject) -> None:
     values: Any = copy.deepcopy(base())

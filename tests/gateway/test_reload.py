@@ -14,6 +14,8 @@ from serve_app.gateway.config import Key
 from serve_app.gateway.policy import Policy, PolicyError, Seen, load
 from serve_app.gateway.reload import Reloader
 
+from .waiting import until
+
 
 def text(role: str, more: str = "") -> str:
     return f"server: {{reload_interval_s: 0.02}}\nroles: {{{role}: {{models: ['*']}}}}\n{more}"
@@ -29,12 +31,6 @@ class Watched:
 
     def roles(self) -> list[str]:
         return ["+".join(one.config.roles) for one in self.policies]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def looks(count: int) -> None:

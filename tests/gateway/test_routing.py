@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -15,9 +15,9 @@ from serve_app.gateway.config import Backend, Canary, Config, Health, Route, Sha
 from serve_app.gateway.errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
 from serve_app.gateway.routing import MAX_SHADOWS, _renamed, _renamed_form
 
-from .conftest import free_port
 from .fake_backend import FakeBackend
-from .routed import LIMIT, QUICK, Policy, Routed, routed, run, settings, until
+from .routed import LIMIT, QUICK, Policy, Routed, routed, run, settings
+from .waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def test_weights_that_leave_no_backend_anything_are_passed_over(three: dict[str,
     run(main())
 
 
-def test_a_backend_that_gets_nothing_makes_nobody_ready(three: dict[str, FakeBackend]) -> None:
+def test_a_backend_that_gets_nothing_makes_nobody_ready(three: dict[str, FakeBackend], port: Callable[[], int]) -> None:
     async def main() -> None:
-        away = {"a": three["a"].url, "away": f"http://127.0.0.1:{free_port()}"}
+        away = {"a": three["a"].url, "away": f"http://127.0.0.1:{port()}"}
         async with routed(settings(away, targets(a=0, away=1)), start=True) as it:
             await until(lambda: it.state("a")["known"] and it.state("away")["known"])
             assert not it.router.ready()
@@ -298,7 +298,7 @@ def test_a_bad_shadow_harms_nobody(three: dict[str, FakeBackend], knobs: dict[st
     async def main() -> None:
         three["b"].control(**knobs)
         route = {"backends": [Target(backend="a")], "shadow": Shadow(backend="b", percent=100)}
-        config = settings(urls(three, "ab"), route, Timeouts(first_token_s=0.5))
+        config = settings(urls(three, "ab"), route, {"b": Timeouts(first_token_s=0.3)})
         async with routed(config) as it:
             assert [(await it.ask())[0].status for _ in range(3)] == [200] * 3
             await until(lambda: it.metric("shadow_total", backend="b") == 3)
@@ -352,9 +352,9 @@ def test_another_backend_answers_instead(three: dict[str, FakeBackend], knobs: d
     assert asked(three["a"]) == 3
 
 
-def test_a_backend_that_is_away(three: dict[str, FakeBackend]) -> None:
+def test_a_backend_that_is_away(three: dict[str, FakeBackend], port: Callable[[], int]) -> None:
     async def main() -> None:
-        backends = {"away": f"http://127.0.0.1:{free_port()}", **urls(three, "b")}
+        backends = {"away": f"http://127.0.0.1:{port()}", **urls(three, "b")}
         async with routed(settings(backends)) as it:
             assert set(await it.names(6)) == {"b"}
             assert it.metric("backend_requests_total", backend="away", outcome="connect") == 3
@@ -366,7 +366,7 @@ def test_a_backend_that_is_away(three: dict[str, FakeBackend]) -> None:
 def test_a_backend_that_hangs(three: dict[str, FakeBackend], place: str) -> None:
     async def main() -> None:
         three["a"].control(hang=place)
-        async with routed(settings(urls(three, "ab"), timeouts=Timeouts(first_token_s=0.3))) as it:
+        async with routed(settings(urls(three, "ab"), timeouts={"a": Timeouts(first_token_s=0.3)})) as it:
             assert {(await it.ask({"stream": True}))[0].backend for _ in range(2)} == {"b"}
             assert it.metric("backend_requests_total", backend="a", outcome="timeout") == 1
 
@@ -387,7 +387,8 @@ def test_the_same_backend_is_asked_again_where_there_is_no_other(three: dict[str
 def test_a_busy_or_silent_backend_is_not_asked_again(three: dict[str, FakeBackend], knobs: dict[str, Any]) -> None:
     async def main() -> None:
         three["a"].control(**knobs)
-        async with routed(settings(urls(three, "a"), timeouts=Timeouts(first_token_s=0.3))) as it:
+        timeouts = {"a": Timeouts(first_token_s=0.3)} if "hang" in knobs else {}
+        async with routed(settings(urls(three, "a"), timeouts=timeouts)) as it:
             if "hang" in knobs:
                 with pytest.raises(BackendTimeout, match=r"within 0\.3 s"):
                     await it.ask()
@@ -463,9 +464,9 @@ def test_what_a_caller_must_not_see(
     run(main())
 
 
-def test_nobody_there(three: dict[str, FakeBackend]) -> None:
+def test_nobody_there(three: dict[str, FakeBackend], port: Callable[[], int]) -> None:
     async def main() -> None:
-        async with routed(settings({"away": f"http://127.0.0.1:{free_port()}"})) as it:
+        async with routed(settings({"away": f"http://127.0.0.1:{port()}"})) as it:
             with pytest.raises(Unavailable) as caught:
                 await it.ask()
             assert "127.0.0.1" not in caught.value.message
@@ -492,7 +493,7 @@ def test_uploads_are_not_repeated_once_they_were_sent(three: dict[str, FakeBacke
 
 def test_requests_eject_a_backend_and_it_comes_back(three: dict[str, FakeBackend]) -> None:
     async def main() -> None:
-        health = Health(interval_s=0.1, eject_after=3, eject_s=0.5)
+        health = Health(interval_s=0.05, timeout_s=60, eject_after=3, eject_s=600)
         async with routed(settings(urls(three, "ab"), health=health), start=True) as it:
             await until(it.router.ready)
             three["a"].control(status=500)
@@ -501,9 +502,12 @@ def test_requests_eject_a_backend_and_it_comes_back(three: dict[str, FakeBackend
             assert it.metric("backend_ejections_total", backend="a") == 1
             assert it.state("a")["ejected_s"] > 0
             three["a"].control(status=200)
-            await until(lambda: it.state("a")["ejected_s"] == 0)
+            # The time is over.
+            it.router._pools["a"].health.ejected_until = 0.0
+            assert it.state("a")["ejected_s"] == 0
             assert set(await it.names(4)) == {"a", "b"}
-            await until(lambda: it.metric("backend_healthy", backend="a") == 1)
+            await until(lambda: len(it.told) > 1, saw=lambda: it.told)
+            assert it.metric("backend_healthy", backend="a") == 1
             assert [message for message, fields in it.told if fields["backend"] == "a"][:2] == [
                 "a backend is out",
                 "a backend is back",
@@ -547,7 +551,8 @@ def test_a_single_backend_is_never_ejected(three: dict[str, FakeBackend]) -> Non
 def test_checks_find_a_backend_that_is_away(three: dict[str, FakeBackend], fault: str) -> None:
     async def main() -> None:
         a = three["a"]
-        async with routed(settings(urls(three, "a")), start=True) as it:
+        quick = msgspec.structs.replace(QUICK, timeout_s=0.5) if fault == "frozen" else QUICK
+        async with routed(settings(urls(three, "a"), health=quick), start=True) as it:
             await until(it.router.ready)
             await it.ask()
             if fault == "status":
@@ -574,13 +579,13 @@ def test_checks_find_a_backend_that_is_away(three: dict[str, FakeBackend], fault
     run(main())
 
 
-def test_not_ready_before_a_backend_was_heard_of(three: dict[str, FakeBackend]) -> None:
+def test_not_ready_before_a_backend_was_heard_of(three: dict[str, FakeBackend], port: Callable[[], int]) -> None:
     async def main() -> None:
         async with routed(settings(urls(three, "a"))) as it:
             assert not it.router.ready()
             await it.ask()
             assert it.router.ready()
-        async with routed(settings({"away": f"http://127.0.0.1:{free_port()}"}), start=True) as it:
+        async with routed(settings({"away": f"http://127.0.0.1:{port()}"}), start=True) as it:
             await until(lambda: it.state("away")["known"])
             assert not it.router.ready()
 
@@ -733,7 +738,7 @@ def test_closing_ends_everything(three: dict[str, FakeBackend]) -> None:
         await it.router.start()
         await until(it.router.ready)
         await it.names(3)
-        answer = await it.router.open(it.call({"stream": True}, headers=[(b"x-fake-token-s", b"0.1")]))
+        answer = await it.router.open(it.call({"stream": True}, headers=[(b"x-fake-hang", b"mid")]))
         await it.router.close()
         with pytest.raises(GatewayError):
             await answer.read(LIMIT)

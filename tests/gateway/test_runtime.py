@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app.gateway import runtime as runtime_module
 from serve_app.gateway.filters.base import About, Phase, RemoteFilter, Verdict
 from serve_app.gateway.logs import Logs
 from serve_app.gateway.policy import load
 from serve_app.gateway.runtime import Runtime
 
-from .conftest import RedisServer, StartGateway, free_port
+from .conftest import RedisServer, StartGateway
 from .fake_backend import FakeBackend
 from .running import ROLES, Gateway, ask, settings
 
-LOCAL = {"on_failure": "local", "local_fraction": 1.0, "timeout_ms": 500}
+LOCAL = {"on_failure": "local", "local_fraction": 1.0, "timeout_ms": 1500}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def told(gateway: Gateway, sentence: str) -> list[dict[str, Any]]:
 
 
 def test_a_gateway_that_cannot_know_who_is_revoked_lets_nobody_in(
-    gateway: StartGateway, backend: FakeBackend, redis_server: RedisServer
+    redis_server: RedisServer, gateway: StartGateway, backend: FakeBackend
 ) -> None:
     config = settings(backend.url)
     config["store"] = {"url": redis_server.url, **LOCAL}
@@ -69,12 +69,14 @@ def test_a_gateway_that_cannot_know_who_is_revoked_lets_nobody_in(
     assert (late.chat(role="basic").status, late.chat().status) == (200, 401)
 
 
-def test_the_way_out_is_declared(gateway: StartGateway, backend: FakeBackend) -> None:
+def test_the_way_out_is_declared(gateway: StartGateway, backend: FakeBackend, port: Callable[[], int]) -> None:
     config = settings(backend.url)
-    config["store"] = {"url": f"redis://127.0.0.1:{free_port()}/0", **LOCAL, "start_without_revocations": True}
+    config["store"] = {"url": f"redis://127.0.0.1:{port()}/0", **LOCAL, "start_without_revocations": True}
     one = gateway(config)
     assert one.chat().status == 200
     assert ask(f"{one.admin_url}/readyz").json()["checks"]["revocations"] is False
+    # It would wait a while for its settlements, which nobody takes.
+    one.process.kill()
 
 
 # --- canaries and weights
@@ -106,6 +108,7 @@ def test_weights_of_a_backend_that_a_deployment_removes_end_with_it(gateway: Sta
         one.rewrite(config)
         one.wait_for(lambda: told(one, "policy taken over"), "a reload")
         assert one.chat().status == 200 and blue.seen("/v1/chat/completions")
+        one.wait_for(lambda: told(one, "weights are passed over"), "the warning")
         (line,) = told(one, "weights are passed over")
         assert (line["level"], line["model"]) == ("warning", "m")
         assert one.admin("GET", "/admin/v1/status").json()["weights_ignored"] == ["m"]
@@ -131,10 +134,10 @@ def entries(server: RedisServer, pattern: str) -> int:
 
 
 def test_cached_answers_lie_in_a_redis_of_their_own(
-    gateway: StartGateway, backend: FakeBackend, redis_server: RedisServer, redis_url: str, shared_redis: RedisServer
+    redis_server: RedisServer, gateway: StartGateway, backend: FakeBackend, redis_url: str, shared_redis: RedisServer
 ) -> None:
     config = settings(backend.url, cache={"enabled": True})
-    config["store"] = {"url": redis_url, "cache_url": redis_server.url}
+    config["store"] = {"url": redis_url, "cache_url": redis_server.url, "timeout_ms": 20_000}
     one = gateway(config)
     one.chat("twice", temperature=0)
     one.wait_for(lambda: entries(redis_server, "*:cache:entry:*"), "an entry")
@@ -147,12 +150,13 @@ def test_cached_answers_lie_in_a_redis_of_their_own(
 
 
 def test_a_store_that_drops_budgets_is_named(
-    gateway: StartGateway, backend: FakeBackend, redis_server: RedisServer
+    redis_server: RedisServer, gateway: StartGateway, backend: FakeBackend
 ) -> None:
     quiet = gateway(settings(backend.url, redis_server.url))
     redis_server.command("CONFIG", "SET", "maxmemory", "64mb")
     redis_server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
     one = gateway(settings(backend.url, redis_server.url))
+    one.wait_for(lambda: told(one, "drops budgets"), "the warning")
     (line,) = told(one, "drops budgets")
     assert (line["level"], line["policy"]) == ("warning", "volatile-lru")
     assert not told(quiet, "drops budgets")
@@ -169,7 +173,10 @@ class Absent(RemoteFilter):
         return Verdict("allow")
 
 
-def test_a_filter_that_cannot_decide_is_counted_and_told_now_and_then(tmp_path: Path) -> None:
+def test_a_filter_that_cannot_decide_is_counted_and_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_module, "TELL_EVERY_S", 3600)
     config = settings(
         "http://127.0.0.1:1",
         filters={"far": {"type": "words", "options": {"class": f"{__name__}:Absent"}}},
@@ -193,6 +200,4 @@ def test_a_filter_that_cannot_decide_is_counted_and_told_now_and_then(tmp_path: 
         assert [(line["filter"], line["reason"]) for line in lines] == [("far", "no answer")]
         assert 'rayplane_gateway_filter_errors_total{filter="far"} 3.0' in runtime.metrics.render().decode()
 
-    began = time.monotonic()
     asyncio.run(work())
-    assert time.monotonic() - began < 10

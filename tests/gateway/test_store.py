@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import select
 import ssl
 import subprocess
 import time
@@ -15,15 +16,13 @@ import uvloop
 
 from serve_app.gateway import config
 from serve_app.gateway.store import Address, Store, StoreError, StoreRefusedError
-from tests.gateway.conftest import RedisServer, free_port
-from tests.gateway.redis_proxy import RedisProxy
 
+from .conftest import RedisServer
+from .redis_proxy import RedisProxy
+from .waiting import LONG_S, until
 
-async def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.01)
+#: Of calls that are to be answered, however busy the machine is.
+PATIENT = 20_000
 
 
 async def with_store(settings: config.Store, use: Callable[[Store], Awaitable[None]]) -> None:
@@ -87,7 +86,7 @@ def test_calls_in_order_and_error_replies(redis_url: str) -> None:
         assert await store.call("GET", "n") == b"500"
         assert await store.redis.get("n") == b"500"
 
-    asyncio.run(with_store(config.Store(url=redis_url), use))
+    asyncio.run(with_store(config.Store(url=redis_url, timeout_ms=PATIENT), use))
 
 
 def test_a_cancelled_call_does_not_shift_the_answers(redis_url: str) -> None:
@@ -99,7 +98,7 @@ def test_a_cancelled_call_does_not_shift_the_answers(redis_url: str) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    asyncio.run(with_store(config.Store(url=redis_url), use))
+    asyncio.run(with_store(config.Store(url=redis_url, timeout_ms=PATIENT), use))
 
 
 def test_start_with_redis_away_and_later_there(redis_server: RedisServer) -> None:
@@ -111,9 +110,9 @@ def test_start_with_redis_away_and_later_there(redis_server: RedisServer) -> Non
         assert not store.available
         with pytest.raises(StoreError):
             await store.call("PING")
-        await until(lambda: store.last_error != "", "no reason is given")
+        await until(lambda: store.last_error != "", "a reason is given")
         await asyncio.to_thread(redis_server.start)
-        await until(lambda: store.available, "the store does not come back")
+        await until(lambda: store.available, "the store comes back")
         assert store.last_error == ""
         assert await store.call("PING") == b"PONG"
 
@@ -126,41 +125,45 @@ def test_restart(redis_server: RedisServer) -> None:
         assert await store.redis.ping()
         for _ in range(3):
             redis_server.stop()
-            await until(lambda: not store.available, "the loss is not noticed")
+            await until(lambda: not store.available, "the loss is noticed")
             await asyncio.to_thread(redis_server.start)
-            await until(lambda: store.available, "the store does not come back")
+            await until(lambda: store.available, "the store comes back")
             assert await store.call("PING") == b"PONG"
             assert await store.redis.ping()
 
-    asyncio.run(with_store(config.Store(url=redis_server.url), use))
+    asyncio.run(with_store(config.Store(url=redis_server.url, timeout_ms=PATIENT), use))
 
 
 def test_a_partition_is_noticed_without_traffic_and_calls_do_not_hang(redis_server: RedisServer) -> None:
     async def use(store: Store) -> None:
         redis_server.freeze()
-        await until(lambda: not store.available, "an idle connection is not watched")
+        await until(lambda: not store.available, "an idle connection is watched")
         redis_server.thaw()
-        await until(lambda: store.available, "the store does not come back")
+        await until(lambda: store.available, "the store comes back")
         redis_server.freeze()
         with pytest.raises(StoreError):
             await store.call("PING")
         assert not store.available
         redis_server.thaw()
-        await until(lambda: store.available, "the store does not come back")
+        await until(lambda: store.available, "the store comes back")
 
-    asyncio.run(with_store(config.Store(url=redis_server.url, timeout_ms=100), use))
+    asyncio.run(with_store(config.Store(url=redis_server.url, timeout_ms=500), use))
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_a_busy_event_loop_is_no_lost_connection(redis_url: str, runner: Callable[[Awaitable[None]], None]) -> None:
     async def use(store: Store) -> None:
+        await until(lambda: store.available)
         task = asyncio.create_task(store.call("ECHO", "still there"))
         await asyncio.sleep(0)
+        # The loop does nothing until the time is out; by then the answer has come.
         time.sleep(0.4)
+        assert store._pipe is not None and store._pipe._transport is not None
+        assert select.select([store._pipe._transport.get_extra_info("socket").fileno()], [], [], LONG_S)[0]
         assert await task == b"still there"
         assert store.available
 
-    runner(with_store(config.Store(url=redis_url, timeout_ms=100), use))
+    runner(with_store(config.Store(url=redis_url, timeout_ms=300), use))
 
 
 def test_an_answer_to_no_question_ends_the_connection(redis_url: str) -> None:
@@ -171,30 +174,34 @@ def test_an_answer_to_no_question_ends_the_connection(redis_url: str) -> None:
         await store.call("SUBSCRIBE", "channel")
         async with contextlib.aclosing(store.redis.client()) as other:
             await other.publish("channel", "surprise")
-        await until(lambda: states == [False, True], "the surprise was taken for an answer")
+        await until(lambda: states == [False, True], "the surprise ends the connection")
         assert await store.call("ECHO", "mine") == b"mine"
 
-    asyncio.run(with_store(config.Store(url=redis_url), use))
+    asyncio.run(with_store(config.Store(url=redis_url, timeout_ms=PATIENT), use))
 
 
 def test_something_else_listens_there() -> None:
     async def main() -> None:
+        open_ = 0
+
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal open_
+            open_ += 1
             writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-            await writer.drain()
             await reader.read()
             writer.close()
+            open_ -= 1
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
 
         async def use(store: Store) -> None:
-            await until(lambda: store.last_error != "", "it was taken for Redis")
+            await until(lambda: store.last_error != "")
             assert not store.available
 
         await with_store(config.Store(url=f"redis://127.0.0.1:{port}/0"), use)
         server.close()
-        await asyncio.sleep(0.01)
+        await until(lambda: not open_)
 
     asyncio.run(main())
 
@@ -204,7 +211,7 @@ def test_password_and_database(redis_server: RedisServer, monkeypatch: pytest.Mo
     wrong = config.Store(url=redis_server.url.replace("127", "wrong:sesam@127"))
 
     async def refused(store: Store) -> None:
-        await until(lambda: store.last_error != "", "a wrong password is accepted")
+        await until(lambda: store.last_error != "", "a wrong password is refused")
         assert not store.available
         assert "sesam" not in store.last_error
 
@@ -219,9 +226,8 @@ def test_password_and_database(redis_server: RedisServer, monkeypatch: pytest.Mo
         await store.call("SELECT", 0)
         assert await store.call("GET", "here") is None
 
-    asyncio.run(
-        with_store(config.Store(url=redis_server.url.replace("/0", "/3"), password_env="REDIS_PASSWORD"), accepted)
-    )
+    third = redis_server.url.replace("/0", "/3")
+    asyncio.run(with_store(config.Store(url=third, timeout_ms=PATIENT, password_env="REDIS_PASSWORD"), accepted))
 
 
 def test_unix_socket(redis_program: str, tmp_path: Path) -> None:
@@ -233,14 +239,14 @@ def test_unix_socket(redis_program: str, tmp_path: Path) -> None:
     )
 
     async def use(store: Store) -> None:
-        await until(lambda: store.available, "no connection")
+        await until(lambda: store.available, "a connection")
         assert await store.call("ECHO", "x") == b"x"
 
     try:
         asyncio.run(with_store(config.Store(url=f"unix://{socket}?db=1"), use))
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(LONG_S)
 
 
 def _certificate(folder: Path) -> None:
@@ -269,37 +275,37 @@ def _certificate(folder: Path) -> None:
     )
 
 
-def test_tls(redis_program: str, tmp_path: Path) -> None:
+def test_tls(redis_program: str, tmp_path: Path, port: Callable[[], int]) -> None:
     _certificate(tmp_path)
-    port = free_port()
+    number = port()
     files = ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "cert.pem"]
-    words = [redis_program, "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1", "--save", "", *files]
+    words = [redis_program, "--port", "0", "--tls-port", str(number), "--bind", "127.0.0.1", "--save", "", *files]
     process = subprocess.Popen([*words, "--tls-auth-clients", "no"], cwd=tmp_path, stdout=subprocess.DEVNULL)
 
     async def trusted(store: Store) -> None:
-        await until(lambda: store.available, f"no connection: {store.last_error}")
+        await until(lambda: store.available, "a connection", lambda: store.last_error)
         assert await store.call("ECHO", "x") == b"x"
         assert await store.redis.ping()
 
     async def untrusted(store: Store) -> None:
-        await until(lambda: "CERTIFICATE_VERIFY_FAILED" in store.last_error, "an unknown certificate is trusted")
+        await until(lambda: "CERTIFICATE_VERIFY_FAILED" in store.last_error, "an unknown certificate is refused")
         assert not store.available
 
     try:
         asyncio.run(
-            with_store(config.Store(url=f"rediss://localhost:{port}/0?ssl_ca_certs={tmp_path}/cert.pem"), trusted)
+            with_store(config.Store(url=f"rediss://localhost:{number}/0?ssl_ca_certs={tmp_path}/cert.pem"), trusted)
         )
-        asyncio.run(with_store(config.Store(url=f"rediss://localhost:{port}/0"), untrusted))
+        asyncio.run(with_store(config.Store(url=f"rediss://localhost:{number}/0"), untrusted))
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(LONG_S)
 
 
 def test_what_is_prepared_on_each_connection_may_refuse_it(redis_url: str) -> None:
     calls: list[str] = []
 
     async def main() -> None:
-        store = Store(config.Store(url=redis_url))
+        store = Store(config.Store(url=redis_url, timeout_ms=PATIENT))
 
         async def prepare() -> None:
             calls.append("prepare")
@@ -310,11 +316,11 @@ def test_what_is_prepared_on_each_connection_may_refuse_it(redis_url: str) -> No
 
         store.on_connect.append(prepare)
         await store.start()
-        await until(lambda: store.available, "the store does not come")
+        await until(lambda: store.available, "the store comes")
         assert len(calls) == 3
         store.reset("a test")
         assert not store.available
-        await until(lambda: store.available, "the store does not come back")
+        await until(lambda: store.available, "the store comes back")
         assert len(calls) == 4
         await store.close()
         assert not store.available
@@ -324,10 +330,13 @@ def test_what_is_prepared_on_each_connection_may_refuse_it(redis_url: str) -> No
 
 def test_close_while_connecting() -> None:
     async def main() -> None:
+        served = asyncio.Event()
+
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError):
                 await reader.read()
             writer.close()
+            served.set()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         store = Store(config.Store(url=f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", timeout_ms=50))
@@ -336,7 +345,7 @@ def test_close_while_connecting() -> None:
         await store.close()
         await store.close()
         server.close()
-        await asyncio.sleep(0.01)
+        await served.wait()
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "store"]
 
     asyncio.run(main())
@@ -345,15 +354,15 @@ def test_close_while_connecting() -> None:
 def test_no_connections_are_left_behind(redis_server: RedisServer) -> None:
     async def main() -> None:
         async with RedisProxy(redis_server.port) as proxy:
-            store = Store(config.Store(url=proxy.url, timeout_ms=100))
+            store = Store(config.Store(url=proxy.url, timeout_ms=PATIENT))
             await store.start()
             for number in range(2, 7):
                 proxy.cut()
                 await until(
-                    partial(lambda wanted: proxy.connections == wanted and store.available, number), "it stays away"
+                    partial(lambda wanted: proxy.connections == wanted and store.available, number), "it comes back"
                 )
-            clients = redis_server.command("CLIENT", "LIST").count(b" addr=")
-            assert clients == 2, "the store's, and the one that asks"
+            # The store's, and the one that asks.
+            await until(lambda: redis_server.command("CLIENT", "LIST").count(b" addr=") == 2)
             await store.close()
 
     asyncio.run(main())

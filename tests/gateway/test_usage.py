@@ -12,7 +12,8 @@ from serve_app.gateway.config import Store as Settings
 from serve_app.gateway.errors import InvalidRequest, Unavailable
 from serve_app.gateway.limits import Limiter, Used
 from serve_app.gateway.store import Store
-from tests.gateway.conftest import RedisServer
+
+from .conftest import RedisServer
 
 
 @pytest.fixture(params=["redis", "process"])
@@ -31,7 +32,7 @@ YESTERDAY = TODAY - timedelta(days=1)
 
 async def counted(url: str, use: Callable[[Store], Awaitable[None]]) -> None:
     """Four requests of two keys of one client and one of another, on two days."""
-    store = Store(Settings(url=url, timeout_ms=2000))
+    store = Store(Settings(url=url, timeout_ms=20_000))
     clock = [noon(YESTERDAY)]
     limiter = Limiter(store, now_us=lambda: clock[0])
     await store.start()
@@ -44,7 +45,7 @@ async def counted(url: str, use: Callable[[Store], Awaitable[None]]) -> None:
     ):
         clock[0] = noon(day)
         limiter.settle(await limiter.admit((), tokens=0), usage=used)
-        assert await limiter.drain(5)
+        assert await limiter.drain(60)
     await use(store)
     limiter.close()
     await store.close()
@@ -118,13 +119,13 @@ def test_purge_removes_a_client_and_nobody_else(url: str) -> None:
 
 def test_many_entries_are_read_in_pieces(redis_url: str) -> None:
     async def main() -> None:
-        store = Store(Settings(url=redis_url, timeout_ms=2000))
+        store = Store(Settings(url=redis_url, timeout_ms=20_000))
         limiter = Limiter(store, now_us=lambda: noon(TODAY))
         await store.start()
         for number in range(3000):
             admission = await limiter.admit((), tokens=0)
             limiter.settle(admission, usage=Used(f"k{number}", f"c{number % 2}", "t", "m", number))
-        assert await limiter.drain(10)
+        assert await limiter.drain(60)
         rows = await usage.report(store, days=(TODAY, TODAY), by="key")
         assert sum(row["input_tokens"] for row in rows) == 3000 * 2999 // 2
         assert await usage.purge(store, "c1") == 1500
