@@ -6,6 +6,10 @@ from pathlib import Path
 import ansible.module_utils
 from hypothesis import settings
 
+# The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What comes later is found first: an action bears its module's name, and a test that imports the name means the module.
@@ -13,7 +17,3 @@ for _folder in ("plugins/filter", "plugins/action", "plugins/modules", "plugins/
     sys.path.insert(0, str(PROJECT / _folder))
 # Shared code is imported as `ansible.module_utils.<name>`, in tests as in a run.
 ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))
-
-# The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.load_profile("same")

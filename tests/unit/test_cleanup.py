@@ -384,7 +384,7 @@ def test_a_key_that_was_kept_is_no_surprise(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=280,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     (task,) = json.loads(answer.stdout[answer.stdout.index("{\n") :])["plays"][0]["tasks"]

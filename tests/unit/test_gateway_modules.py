@@ -155,7 +155,7 @@ def play(tmp_path: Path, state: str, *arguments: str, out: str = "", log: str = 
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
         env={
             **__import__("os").environ,

@@ -91,7 +91,7 @@ def test_a_run_sees_the_types(tmp_path: Path) -> None:
         cwd=PROJECT,
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=280,
         env=os.environ | {"ANSIBLE_INVENTORY_ENABLED": "host_list"},
     )
     assert json.loads(report.read_text(encoding="utf-8")) == {

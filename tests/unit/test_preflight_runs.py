@@ -94,7 +94,7 @@ def _validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=100,
+            timeout=280,
         )
         return Run(result.returncode, result.stdout)
 

@@ -56,7 +56,7 @@ def run_ansible(program: str, *arguments: str) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=280,
         env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
     )
 
@@ -226,7 +226,9 @@ def test_inventories_link_the_shared_variables(name: str) -> None:
 
 
 def test_the_fleet_takes_each_environment_from_its_own_inventory() -> None:
-    for link in (PROJECT / "inventories" / "fleet" / "host_vars").iterdir():
+    links = list((PROJECT / "inventories" / "fleet" / "host_vars").iterdir())
+    assert {link.name.rpartition("-")[2] for link in links} == set(INVENTORIES) - {"existing", "fleet", "local"}
+    for link in links:
         assert not link.readlink().is_absolute()
         environment = link.name.rpartition("-")[2]
         assert link.resolve() == PROJECT / "inventories" / environment / "group_vars" / "all"
@@ -244,7 +246,8 @@ def test_inventories_load_and_every_cluster_states_its_platform(name: str) -> No
         assert listed["_meta"]["hostvars"][host]["ansible_connection"] == "local"
 
 
-@pytest.mark.parametrize("name", INVENTORIES)
+# The fleet's clusters are those of the other environments: the same variables, as another test shows.
+@pytest.mark.parametrize("name", ["existing", "fleet", "local"])
 def test_preflight_finds_nothing_wrong_in_our_own_inventories(name: str) -> None:
     result = run_ansible(
         "ansible-playbook",

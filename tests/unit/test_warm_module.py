@@ -54,7 +54,7 @@ def play(tmp_path: Path, word: str, interpreter: str, *arguments: str) -> tuple[
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=280,
         env=os.environ
         | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
         | {"ANSIBLE_INVENTORY_ENABLED": "host_list"},
