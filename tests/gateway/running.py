@@ -155,16 +155,23 @@ class Gateway:
         """The lines of requests."""
         return [line for line in self.lines if line.get("operation")]
 
-    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait until `condition()` holds, or the gateway has ended."""
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait until `condition()` holds, or the gateway has ended; what it gave."""
 
-        def holds() -> bool:
-            if condition():
-                return True
-            assert self.process.poll() is None, f"the gateway ended: {self.errors}"
-            return False
+        def asked() -> Any:
+            found = condition()
+            assert found or self.process.poll() is None, f"the gateway ended: {self.errors}"
+            return found
 
-        wait_until(holds, what, lambda: self.lines[-10:])
+        return wait_until(asked, what, lambda: self.lines[-10:])
+
+    def line(self, request_id: str) -> dict[str, Any]:
+        """The line of one request: those of others may still be on their way."""
+        found: dict[str, Any] = self.wait_for(
+            lambda: next((one for one in self.requests() if one["request_id"] == request_id), None),
+            f"the line of the request {request_id}",
+        )
+        return found
 
     def rewrite(self, config: dict[str, Any]) -> None:
         """Put another configuration in place, as a ConfigMap does: at once."""
