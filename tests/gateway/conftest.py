@@ -112,13 +112,14 @@ class RedisServer:
 @pytest.fixture(scope="session")
 def redis_program() -> str:
     """redis-server; installed from Debian's packages where root may do so."""
-    with (Path(tempfile.gettempdir()) / "rayplane-redis-server.lock").open("w") as lock:
-        # Of several test processes one installs.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not shutil.which("redis-server") and os.geteuid() == 0 and shutil.which("apt-get"):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    if not shutil.which("redis-server") and os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        with (Path(tempfile.gettempdir()) / "rayplane-redis-server.lock").open("w") as lock:
+            # Of several test processes one installs; the others then find it installed.
+            fcntl.flock(lock, fcntl.LOCK_EX)
             for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "redis-server"]):
-                subprocess.run(["apt-get", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+                if not shutil.which("redis-server"):
+                    subprocess.run(["apt-get", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
     found = shutil.which("redis-server")
     if not found:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")

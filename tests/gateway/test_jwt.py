@@ -25,6 +25,8 @@ from serve_app.gateway.config import Issuer
 from serve_app.gateway.errors import AuthenticationFailed, GatewayError, Unavailable
 from serve_app.gateway.tokens import TokenVerifier, public_key
 
+from .waiting import until
+
 NOW = 1_800_000_000.0
 ISS = "https://id.example.com"
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -508,6 +510,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(tokens, "time", made)
+    monkeypatch.setattr(tokens, "FETCH_TIMEOUT_S", 60)
     return made
 
 
@@ -563,9 +566,7 @@ UNKNOWN = "The token is signed with a key that its issuer does not have."
 
 async def settled(verifier: TokenVerifier) -> None:
     """Until no fetch is under way."""
-    for one in verifier._sets.values():
-        while one.task is not None:
-            await asyncio.sleep(0.001)
+    await until(lambda: all(one.task is None for one in verifier._sets.values()))
 
 
 def test_a_key_set_is_fetched_once_for_many(clock: Clock) -> None:
@@ -703,8 +704,7 @@ def test_who_gives_up_waiting_ends_no_fetch_for_the_others(clock: Clock) -> None
         server.gate = asyncio.Event()
         first = asyncio.create_task(verifier.verify(token(), [one], NOW))
         second = asyncio.create_task(verifier.verify(token(), [one], NOW))
-        while not server.asked:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.asked)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         server.gate.set()
@@ -719,8 +719,7 @@ def test_a_verifier_closed_in_the_middle_of_a_fetch(clock: Clock) -> None:
     async def scenario(server: KeyServer, verifier: TokenVerifier, one: Issuer) -> None:
         server.gate = asyncio.Event()
         waiting = asyncio.create_task(verifier.verify(token(), [one], NOW))
-        while not server.asked:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.asked)
         await verifier.close()
         (result,) = await asyncio.gather(waiting, return_exceptions=True)
         assert isinstance(result, (asyncio.CancelledError, Unavailable))
