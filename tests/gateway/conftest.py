@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from serve_app.gateway import client, dynamic, store
 
@@ -24,7 +24,7 @@ from .running import Gateway, start
 from .waiting import LONG_S, wait_until
 
 # The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
-settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
 
 StartGateway = Callable[..., Gateway]

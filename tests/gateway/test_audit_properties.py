@@ -117,7 +117,7 @@ def test_every_single_duplicate_in_place_is_found_as_such() -> None:
         assert found == {"foreign"}, (name, index, found)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     files, _ = original()
@@ -128,7 +128,7 @@ def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     assert check({**files, name: content}).findings
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_inserted_or_deleted_bytes_are_found(data: st.DataObject) -> None:
     files, _ = original()
@@ -147,7 +147,7 @@ def test_any_inserted_or_deleted_bytes_are_found(data: st.DataObject) -> None:
         assert bool(report.notes) or not only_torn
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(records(2))
 def test_any_two_records_exchanged_are_found_as_reordered(two: list[tuple[str, int]]) -> None:
     (first, i), (second, j) = two
@@ -159,7 +159,7 @@ def test_any_two_records_exchanged_are_found_as_reordered(two: list[tuple[str, i
     assert "reordered" in kinds(edited(files, swap))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(records(2))
 def test_any_record_moved_is_found(two: list[tuple[str, int]]) -> None:
     (source, i), (target, j) = two
@@ -175,7 +175,7 @@ def test_any_record_moved_is_found(two: list[tuple[str, int]]) -> None:
     assert bool(check(after).findings) == (together[0] != together[1])
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(records(2))
 def test_any_record_repeated_elsewhere_is_found(two: list[tuple[str, int]]) -> None:
     (source, i), (target, j) = two
@@ -183,7 +183,7 @@ def test_any_record_repeated_elsewhere_is_found(two: list[tuple[str, int]]) -> N
     assert kinds(edited(files, lambda split: split[target].insert(j, split[source][i])))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_truncation_is_found(data: st.DataObject) -> None:
     files, _ = original()
@@ -201,7 +201,7 @@ def test_every_missing_segment_is_found() -> None:
         assert kinds({other: content for other, content in files.items() if other != name}) & {"removed", "truncated"}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_changed_byte_of_the_heads_is_found(data: st.DataObject) -> None:
     files, _ = original()
@@ -226,7 +226,7 @@ def test_every_missing_head_is_found_but_the_last() -> None:
     assert kinds({**files, "heads-gw-0.jsonl": b""}) >= {"removed"}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.integers(1, 40), st.booleans())
 def test_whoever_writes_the_chain_anew_cannot_sign_it(at: int, heads_too: bool) -> None:
     """With the disk, but without the key: a record is replaced, and all after it are chained to the new one."""
@@ -276,7 +276,7 @@ def test_what_are_no_gaps_is_refused(bad: list[int]) -> None:
         list(audit_format.from_gaps(bad))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_no_rubbish_stops_the_check(data: st.DataObject) -> None:
     files, _ = original()

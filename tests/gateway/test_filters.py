@@ -650,7 +650,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     body=st.dictionaries(
         st.sampled_from(

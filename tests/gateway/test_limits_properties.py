@@ -29,7 +29,7 @@ LONG = 10.0**8
 
 names = itertools.count()
 PERIODS: tuple[Period, ...] = ("second", "minute", "hour", "day")
-some = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+some = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def rates(most: int) -> st.SearchStrategy[Rate]:

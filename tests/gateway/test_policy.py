@@ -696,7 +696,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("any")
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_change_to_a_configuration_loads_or_is_refused_by_name(folder: Path, data: st.DataObject) -> None:
     values: Any = copy.deepcopy(base())

@@ -736,7 +736,7 @@ _MIXED = st.lists(st.one_of(_TOKENS, st.binary(max_size=8)), max_size=20).map(b"
 
 
 @given(raw=st.one_of(st.binary(max_size=300), _MIXED), cut=st.integers(0, 300))
-@examples(max_examples=200, suppress_health_check=list(HealthCheck))
+@examples(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_any_bytes(one: Gateway, raw: bytes, cut: int) -> None:
     with Raw(one) as wire:
         wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

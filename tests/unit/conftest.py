@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import ansible.module_utils
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples in every run, and as much time as the machine needs; `--hypothesis-profile default` looks further.
-settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
 
 PROJECT = Path(__file__).resolve().parents[2]
