@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "test-results"
 #: Phases of a group run side by side, groups one after the other.
 GROUPS = (("unit",), ("lint", "gateway"), ("aws", "platform"))
-TWO_PROCESSES = ("--numprocesses", "2", "--dist", "loadfile")
-OPTIONS = {"unit": TWO_PROCESSES, "gateway": TWO_PROCESSES}
+OPTIONS = {
+    "unit": ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal"),
+    "gateway": ("--numprocesses", "2", "--dist", "worksteal"),
+}
 HEARTBEAT_S = 60.0
 #: What interrupted tests get to take down what they started.
 END_S = 120.0
@@ -115,7 +117,7 @@ class Phase:
 def again(phase: str, node: str) -> str:
     """The command that reruns one test: its name is quoted for make's own shell, and for the reader's around that."""
     inner = shlex.quote(node).replace("$", "$$")
-    return f"make test-{phase} ARGS=" + (shlex.quote(inner) if set(inner) & set("\"$`\\!") else f'"{inner}"')
+    return f"make test-{phase} ARGS=" + (shlex.quote(inner) if set(inner) & set('"$`\\!') else f'"{inner}"')
 
 
 def unfit() -> list[str]:
