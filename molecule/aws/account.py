@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "aws"))
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "aws"))
 
 from account import Account  # type: ignore[import-not-found,unused-ignore]
 
@@ -27,8 +30,9 @@ class Scenario:
         """Assert that the account holds what the roles promise; of the security groups one is the cluster's own."""
         expected = {
             **{"VPC": 1, "subnet": 9, "internet gateway": 1, "NAT gateway": 3, "address": 3, "route table": 5},
-            **{"VPC endpoint": 3, "security group": 2, "flow log": 1, "launch template": 2, "cluster": 1},
-            **{"bucket": 3, "key": 1, "alias": 1, "queue": 1},
+            **{"VPC endpoint": 7, "security group": 4, "flow log": 1, "launch template": 8, "cluster": 1},
+            **{"bucket": 3, "key": 1, "alias": 1, "queue": 1, "event rule": 5, "file system": 1, "OIDC provider": 1},
+            **{"instance": 1, "placement group": 1},
         }
         counts = {kind: self.account.counts()[kind] for kind in expected}
         assert counts == expected, counts
@@ -59,7 +63,8 @@ class Scenario:
     def _check_cluster(self) -> None:
         eks: Any = self.account.client("eks")
         cluster = eks.describe_cluster(name=self.cluster)["cluster"]
-        assert cluster["version"] == "1.34", cluster["version"]
+        defaults = yaml.safe_load((ROOT / "roles/eks/defaults/main.yml").read_text(encoding="utf-8"))
+        assert cluster["version"] == defaults["eks_kubernetes_version"], cluster["version"]
         intra = {
             subnet["SubnetId"]
             for subnet in self.account.owned("subnet", self.cluster)
@@ -79,7 +84,9 @@ class Scenario:
                 *(group["scalingConfig"][bound] for bound in ("minSize", "maxSize")),
             )
             for name, group in groups.items()
+            if name in ("cpu", "gpu")
         }
+        assert set(groups) - set(shapes) == {"spot", "arm", "neuron", "bottle", "close", "kept"}, groups
         assert shapes == {
             "cpu": (["m5.2xlarge"], "AL2023_x86_64_STANDARD", 2, 5),
             "gpu": (["g4dn.xlarge"], "AL2023_x86_64_NVIDIA", 1, 10),

@@ -15,11 +15,13 @@ controller itself (another connection, another interpreter, become, async) the m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ if str(PLUGINS / "module_utils") not in ansible.module_utils.__path__:
 
 # How a module that states nothing else reads its arguments and writes its result.
 _PROFILE = "legacy"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def load(name: str) -> ModuleType:
@@ -87,6 +90,7 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
 
     def _run_here(self, variables: dict[str, Any]) -> dict[str, Any]:
         assert _MODULE is not None
+        _end_with_ansible()
         environment: dict[str, Any] = {}
         self._compute_environment_string(environment)
         arguments = dict(self._task.args)
@@ -108,3 +112,13 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         for key in [key for key in answer if key.startswith("_ansible_") and key != "_ansible_parsed"]:
             del answer[key]
         return answer
+
+
+def _end_with_ansible() -> None:
+    """Have the kernel kill this process with its parent.
+
+    Ansible gives each task's process a session of its own. Where Ansible is killed, the module would go on making
+    things while the next run already makes the same.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

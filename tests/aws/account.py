@@ -82,6 +82,7 @@ class Account:
             "platform_aws_secret_access_key": "test",
             "platform_aws_endpoint_url": self.endpoint,
             # Preflight looks for the tools of all stages; those of Kubernetes do not run here.
+            "autoscaler_helm": sys.executable,
             "kuberay_kubectl": sys.executable,
             "verify_kubectl": sys.executable,
             "kuberay_kustomize_source": str(Path(__file__).parent),

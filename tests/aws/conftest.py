@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +28,18 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane")
 TOOLS = ROOT / "tools" / "rayplane_local"
 
-# Waits that are minutes against AWS and pointless against an emulator; see rayplane_aws.
-SHORT = {"AWS_MAX_ATTEMPTS": "3", "RAYPLANE_AWS_SETTLE": "2", "RAYPLANE_AWS_READ_TIMEOUT": "3"}
+# What is started here ends with the tests, however they end.
+DIE_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
+# Bounds of a run and of a test with the runs of its fixtures, in seconds: a run takes half a minute on an idle machine.
+RUN_LIMIT = 600
+TEST_LIMIT = 1800
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give these tests the time they need, with the making of the services' environment on a bare machine."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(TEST_LIMIT))
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +57,12 @@ def services() -> Path:
     return folder / "bin" / "python"
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def emulator(services: Path) -> Iterator[int]:
     """An AWS emulator of the session's own, empty and without persistence; yields its port."""
-    port = _free_port()
+    # The emulator is handed the socket: a free port might be taken by another program before it listens.
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = int(listener.getsockname()[1])
     # Its own folder, and not pytest's: nothing but the emulator writes there while it ends.
     folder = Path(tempfile.mkdtemp(prefix="rayplane-emulator-"))
     for name in ("tmp", "services", "buckets"):
@@ -84,14 +84,16 @@ def emulator(services: Path) -> Iterator[int]:
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [services, "-B", "emulator.py", f"127.0.0.1:{port}"],
+            [*DIE_WITH_TESTS, services, "-B", "emulator.py", f"fd://{listener.fileno()}"],
             cwd=TOOLS,
             env=environment,
+            pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    listener.close()
     try:
         _wait_until_it_answers(process, port, log)
         yield port
@@ -107,13 +109,14 @@ def emulator(services: Path) -> Iterator[int]:
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while True:
         try:
             with opener.open(f"http://127.0.0.1:{port}/_ministack/health", timeout=5):
                 return
         except (OSError, urllib.error.URLError) as error:
-            assert process.poll() is None and time.monotonic() < end, f"{error}\n{log.read_text()[-3000:]}"
+            stage = f"the emulator does not answer on port {port} (exit status {process.poll()}): {error}"
+            assert process.poll() is None and time.monotonic() < end, f"{stage}\n{log.read_text()[-3000:]}"
         time.sleep(0.1)
 
 
@@ -145,21 +148,24 @@ class Run:
 
     returncode: int
     text: str
-    seconds: float
     report: dict[str, Any] = field(default_factory=dict)
     #: The AWS calls made meanwhile, by anybody.
     calls: list[Call] = field(default_factory=list)
 
-    def results(self, host: str) -> Iterator[dict[str, Any]]:
-        """Return the results of a host's tasks, in order; what ran in check mode to look ids up is left out."""
-        for play in self.report.get("plays", ()):
-            for task in play["tasks"]:
-                if host in task["hosts"] and not task["task"]["name"].endswith("Look the network up"):
-                    yield task["hosts"][host]
+    def results(self, host: str, task: str | tuple[str, ...] = "") -> Iterator[dict[str, Any]]:
+        """Return the results of a host's tasks, in order; what ran in check mode to look ids up is left out.
 
-    def actions(self, host: str) -> list[str]:
+        With `task`, only of those whose name begins so, or in one of these ways.
+        """
+        for play in self.report.get("plays", ()):
+            for one in play["tasks"]:
+                name = one["task"]["name"]
+                if host in one["hosts"] and name.startswith(task) and not name.endswith("Look the network up"):
+                    yield one["hosts"][host]
+
+    def actions(self, host: str, task: str | tuple[str, ...] = "") -> list[str]:
         """Return what the modules did, or would do, on a host, in order."""
-        return [action for result in self.results(host) for action in result.get("actions", ())]
+        return [action for result in self.results(host, task) for action in result.get("actions", ())]
 
     def failure(self, host: str) -> str:
         """Return why a host failed; empty where it did not."""
@@ -180,11 +186,10 @@ class Run:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a run: nothing of the user's AWS or Kubernetes settings, short waits."""
+    """Return the environment of a run: nothing of the user's AWS or Kubernetes settings."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "K8S_", "KUBECONFIG"))}
     return {
         **kept,
-        **SHORT,
         "HOME": str(folder),
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
@@ -203,7 +208,7 @@ def start(folder: Path, *arguments: str, variables: dict[str, Any] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     given = ["-e", json.dumps(variables)] if variables else []
     return subprocess.Popen(
-        ["env", "--default-signal=INT", "ansible-playbook", *arguments, *given],
+        [*DIE_WITH_TESTS, "env", "--default-signal=INT", "ansible-playbook", *arguments, *given],
         cwd=ROOT,
         env=environment(folder),
         stdin=subprocess.DEVNULL,
@@ -214,20 +219,20 @@ def start(folder: Path, *arguments: str, variables: dict[str, Any] | None = None
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> Run:
+def finish(process: subprocess.Popen[str]) -> Run:
     """Wait for a run and read its report."""
-    began = time.monotonic()
     try:
-        text, _ = process.communicate(timeout=timeout)
+        text, _ = process.communicate(timeout=RUN_LIMIT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         text, _ = process.communicate()
+        pytest.fail(f"`{shlex.join(map(str, process.args))}` did not end within {RUN_LIMIT} s:\n{text[-3000:]}")  # type: ignore[arg-type]
     begin = text.find("{\n")
     try:
         report = json.JSONDecoder().raw_decode(text[begin:])[0] if begin >= 0 else {}
     except json.JSONDecodeError:
         report = {}
-    return Run(process.returncode, text, time.monotonic() - began, report)
+    return Run(process.returncode, text, report)
 
 
 @pytest.fixture(scope="session")
@@ -240,9 +245,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def playbook(home: Path, proxy: Proxy) -> Playbook:
     """Run ansible-playbook: `playbook("playbooks/deploy.yml", "-i", ..., variables={...})`."""
 
-    def run(*arguments: str, variables: dict[str, Any] | None = None, timeout: float = 300) -> Run:
+    def run(*arguments: str, variables: dict[str, Any] | None = None) -> Run:
         begin = len(proxy.calls)
-        done = finish(start(home, *arguments, variables=variables), timeout)
+        done = finish(start(home, *arguments, variables=variables))
         done.calls = proxy.calls[begin:]
         return done
 
@@ -251,6 +256,8 @@ def playbook(home: Path, proxy: Proxy) -> Playbook:
 
 HOSTS = ["ray-llm-dev", "ray-llm-staging", "ray-llm-prod"]
 INVENTORY = ("-i", "inventories/fleet")
+# Upstream's kustomization and the hub are out of reach here.
+PLAN = ("playbooks/deploy.yml", *INVENTORY, "--check", "--diff", "--skip-tags", "kuberay,models,rayservice,verify")
 #: The stages that need nothing but AWS.
 CLOUD = ("playbooks/deploy.yml", *INVENTORY, "--tags", "encryption,network,storage,eks")
 
@@ -269,6 +276,8 @@ class Fleet:
     #: What the account held after the plan, and before the first run.
     planned: dict[str, list[str]]
     first: Run
+    #: What it held after the first run.
+    counts: Counter[str]
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def fleet(new_account: Callable[[], Account], playbook: Playbook) -> Fleet:
     """The three environments, planned and built in one account. Who changes something repairs it."""
     account = new_account()
     variables = {**account.environment, "eks_access_entries": ENTRIES}
-    plan = playbook(*CLOUD, "--check", "--diff", variables=variables).succeeded(*HOSTS)
+    plan = playbook(*PLAN, variables=variables).succeeded(*HOSTS)
     planned = account.sweep()
     first = playbook(*CLOUD, variables=variables).succeeded(*HOSTS)
-    return Fleet(account, plan, planned, first)
+    return Fleet(account, plan, planned, first, account.counts())

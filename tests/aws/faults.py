@@ -14,10 +14,9 @@ import socket
 import struct
 import threading
 import urllib.parse
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal, NoReturn
 from xml.sax.saxutils import escape
 
 import botocore.session
@@ -25,6 +24,8 @@ import botocore.session
 # What a signature calls a service, where the SDK calls it otherwise.
 SDK_NAMES = {"elasticloadbalancing": "elbv2", "elasticfilesystem": "efs", "monitoring": "cloudwatch"}
 READING = ("Describe", "Get", "List", "Head")
+# Seconds after which a connection is not used again: after 75 the emulator closes it, perhaps while a call arrives.
+UPSTREAM_IDLE = 20
 SCOPE = re.compile(rb"Credential=([^/]+)/\d+/[^/]+/([\w-]+)/aws4_request")
 
 
@@ -52,21 +53,19 @@ class Rule:
 
     `fault`: `error` answers `code`, `status` and `message`; `reset` breaks the connection before, `lost` after the call
     was carried out; `hang` is silent until the client gives up, before the call is carried out; `garbage` answers what
-    is not AWS; `answer` answers `body`.
+    is not AWS. `cut` is silent for good: neither this call nor any other of the account is carried out from here on;
+    with `cut after` this call is carried out, and only its answer does not arrive.
     """
 
     service: str
     operation: str
-    fault: Literal["error", "reset", "lost", "hang", "garbage", "answer"] = "error"
+    fault: Literal["error", "reset", "lost", "hang", "garbage", "cut", "cut after"] = "error"
     code: str = ""
     status: int = 400
     message: str = "injected"
-    body: bytes = b""
-    #: How many calls it hits, after letting `skip` of them pass.
+    #: How many calls it hits.
     times: int = 1
-    skip: int = 0
     account: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
     hits: int = 0
 
     def takes(self, call: Call) -> bool:
@@ -74,7 +73,7 @@ class Rule:
         if (self.service, self.operation) != (call.service, call.operation) or self.account not in ("", call.account):
             return False
         self.hits += 1
-        return self.skip < self.hits <= self.skip + self.times
+        return self.hits <= self.times
 
 
 @cache
@@ -143,7 +142,7 @@ def error_answer(call: Call, rule: Rule) -> tuple[int, str, bytes]:
         return rule.status, "text/xml", f"<ErrorResponse>{one}<RequestId>r-1</RequestId></ErrorResponse>".encode()
     if protocol == "rest-xml":
         return rule.status, "application/xml", f'<?xml version="1.0"?>{one}'.encode()
-    body = {"__type": rule.code, "message": rule.message, **rule.extra}
+    body = {"__type": rule.code, "message": rule.message}
     return rule.status, "application/json", json.dumps(body).encode()
 
 
@@ -155,8 +154,8 @@ class Proxy:
         self.port = 0
         self.rules: list[Rule] = []
         self.calls: list[Call] = []
-        #: Called in the proxy's thread with each call, before it is carried out and (after=True) before it is answered.
-        self.watch: Callable[[Call, bool], None] | None = None
+        #: Accounts that were cut off: their calls are neither carried out nor answered.
+        self.silent: set[str] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -165,14 +164,6 @@ class Proxy:
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
-
-    def count(self, account: str = "", writes: bool | None = None) -> int:
-        """Count the calls of an account."""
-        return sum(account in ("", call.account) and writes in (None, call.writes) for call in self.calls)
-
-    def made(self, account: str) -> list[str]:
-        """Return the changing calls of an account, in order."""
-        return [str(call) for call in self.calls if call.account == account and call.writes]
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -205,8 +196,13 @@ class Proxy:
         assert task is not None
         self._open.add(task)
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        used = 0.0
         try:
             while head := await _read_head(reader):
+                if upstream is not None and self._loop.time() - used > UPSTREAM_IDLE:
+                    upstream[1].close()
+                    upstream = None
+                used = self._loop.time()
                 if upstream is None:
                     upstream = await asyncio.open_connection("127.0.0.1", self.upstream)
                 await self._one(head, reader, writer, *upstream)
@@ -233,10 +229,10 @@ class Proxy:
         method, target, _ = line.split(" ", 2)
         call = identify(method, target, headers, body)
         self.calls.append(call)
-        if self.watch is not None:
-            self.watch(call, False)
+        if call.account in self.silent:
+            await _hang(reader)
         rule = next((rule for rule in self.rules if rule.takes(call)), None)
-        if rule is not None and rule.fault not in ("lost",):
+        if rule is not None and rule.fault not in ("lost", "cut after"):
             await self._fail(call, rule, method, reader, writer)
             return
         kept = re.sub(rb"(?im)^expect:.*\r\n", b"", head)
@@ -248,8 +244,9 @@ class Proxy:
             if method == "HEAD" or status.split(" ")[1] in ("204", "304")
             else await _read_body(answers, answer_headers)
         )
-        if self.watch is not None:
-            self.watch(call, True)
+        if rule is not None and rule.fault == "cut after":
+            self.silent.add(call.account)
+            await _hang(reader)
         if rule is not None:
             _reset(writer)
             raise ConnectionResetError
@@ -262,14 +259,12 @@ class Proxy:
         if rule.fault == "reset":
             _reset(writer)
             raise ConnectionResetError
-        if rule.fault == "hang":
-            # Ends when the client does.
-            await reader.read(1)
-            raise ConnectionResetError
+        if rule.fault in ("hang", "cut"):
+            if rule.fault == "cut":
+                self.silent.add(call.account)
+            await _hang(reader)
         if rule.fault == "garbage":
             answer = (200, "text/html", b"<html><body>Welcome to the hotel! Please log in.<br></body></html>")
-        elif rule.fault == "answer":
-            answer = (rule.status, "text/xml", rule.body)
         else:
             answer = error_answer(call, rule)
         status, kind, body = answer
@@ -287,6 +282,12 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     linger = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     writer.transport.abort()
+
+
+async def _hang(reader: asyncio.StreamReader) -> NoReturn:
+    """Be silent until the client gives up or ends."""
+    await reader.read(1)
+    raise ConnectionResetError
 
 
 async def _read_head(reader: asyncio.StreamReader) -> bytes:

@@ -145,6 +145,10 @@ def test_a_second_request_for_what_the_first_made_is_answered(monkeypatch: pytes
     ("error", "told"),
     [
         (refusal("VpcLimitExceeded"), "ec2:CreateVpc failed for VPC x: VpcLimitExceeded: no. Cure: .*L-F678F1CE"),
+        (refusal("AddressLimitExceeded"), "L-0263D0A3.*network_nat_mode"),
+        (refusal("NatGatewayLimitExceeded"), "L-FE5A380F.*network_nat_mode"),
+        (refusal("VpcEndpointLimitExceeded"), "L-29B6F2EB.*network_interface_endpoints"),
+        (refusal("ResourceLimitExceededException"), "Service Quotas"),
         (refusal("FooLimitExceeded"), "Service Quotas"),
         (refusal("RequestLimitExceeded"), "run again later"),
         (refusal("UnauthorizedOperation", "Encoded authorization failure message: abc"), "decode-authorization"),

@@ -43,7 +43,9 @@ def reads_only(method: str, headers: list[tuple[bytes, bytes]], body: bytes) -> 
 
 
 def save_changes() -> None:
-    """Write the state of every service that changed since it was last written."""
+    """Write the state of every service that changed since it was last written, where MiniStack is to keep it at all."""
+    if not persistence.PERSIST_STATE:
+        return
     for name, state in ministack._build_persistence_save_dict().items():
         value = state()
         if value is None:

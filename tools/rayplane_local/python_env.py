@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -42,14 +43,23 @@ def folder(settings: Settings, name: str) -> Path:
 def make(settings: Settings, name: str, step: Step) -> None:
     """Make an environment: relocatable, so that it works wherever a pod mounts it, and compiled, because it is mounted
     read-only.
+
+    Two processes that ask at the same time make it once.
     """
+    target = folder(settings, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            _make(settings, name, target, step)
+
+
+def _make(settings: Settings, name: str, target: Path, step: Step) -> None:
     uv = find_uv(settings)
     if uv is None:
         raise PlatformError("uv is not there: `make deploy` brings it; by hand, install uv and put it on the PATH.")
-    target = folder(settings, name)
     work = target.with_name(f".{target.name}.new")
     shutil.rmtree(work, ignore_errors=True)
-    work.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         "UV_CACHE_DIR": str(settings.home / "uv" / "cache"),
         "UV_PYTHON_DOWNLOADS": "never",
@@ -77,7 +87,6 @@ def make(settings: Settings, name: str, step: Step) -> None:
         env=environment,
         note=lambda line, count: line[:60],
     )
-    shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
 
 
