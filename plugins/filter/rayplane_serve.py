@@ -421,6 +421,8 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
                 **_bounds(group),
                 "rayStartParams": dict(group.get("ray_start_params") or {}),
                 "resources": _ray_resources(group, settings),
+                # The operator writes it whenever it updates the object itself: undeclared, a rerun would take it out.
+                "scaleStrategy": {},
                 "template": _pod(group, settings, head=False),
             }
             for group in rayservice_worker_groups(models, settings)
