@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rayplane_local.shell import DIE_WITH_PARENT
 
 from .account import Account
 from .faults import Call, Proxy
@@ -28,8 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("RAYPLANE_HOME") or Path.home() / ".cache/rayplane")
 TOOLS = ROOT / "tools" / "rayplane_local"
 
-# What is started here ends with the tests, however they end.
-DIE_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
 # Bounds of a run and of a test with the runs of its fixtures, in seconds: a run takes half a minute on an idle machine.
 RUN_LIMIT = 600
 TEST_LIMIT = 1800
@@ -84,7 +83,7 @@ def emulator(services: Path) -> Iterator[int]:
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*DIE_WITH_TESTS, services, "-B", "emulator.py", f"fd://{listener.fileno()}"],
+            [*DIE_WITH_PARENT, services, "-B", "emulator.py", f"fd://{listener.fileno()}"],
             cwd=TOOLS,
             env=environment,
             pass_fds=[listener.fileno()],
@@ -208,7 +207,7 @@ def start(folder: Path, *arguments: str, variables: dict[str, Any] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     given = ["-e", json.dumps(variables)] if variables else []
     return subprocess.Popen(
-        [*DIE_WITH_TESTS, "env", "--default-signal=INT", "ansible-playbook", *arguments, *given],
+        [*DIE_WITH_PARENT, "env", "--default-signal=INT", "ansible-playbook", *arguments, *given],
         cwd=ROOT,
         env=environment(folder),
         stdin=subprocess.DEVNULL,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from .conftest import DIE_WITH_TESTS, ROOT, RUN_LIMIT, environment
+from rayplane_local.shell import DIE_WITH_PARENT
+
+from .conftest import ROOT, RUN_LIMIT, environment
 from .faults import Proxy
 
 
@@ -18,7 +20,7 @@ def test_molecule(proxy: Proxy, tmp_path: Path) -> None:
     }
     kept = {name: value for name, value in environment(tmp_path).items() if not name.startswith("ANSIBLE_")}
     done = subprocess.run(
-        [*DIE_WITH_TESTS, "molecule", "test", "--scenario-name", "aws"],
+        [*DIE_WITH_PARENT, "molecule", "test", "--scenario-name", "aws"],
         cwd=ROOT,
         env={**kept, **given},
         stdin=subprocess.DEVNULL,

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rayplane_local.shell import DIE_WITH_PARENT
+
 from serve_app.gateway.keys import NewKey, generate
 
 from .waiting import LONG_S, wait_until
@@ -199,7 +201,7 @@ def start(
     """Start a gateway on a configuration and wait until it listens (and, unless told otherwise, is ready)."""
     path.write_text(json.dumps(config))
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve_app.gateway", "--config", str(path)],
+        [*DIE_WITH_PARENT, sys.executable, "-m", "serve_app.gateway", "--config", str(path)],
         cwd=PROJECT,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **(environment or {})},
         stdout=subprocess.PIPE,

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from rayplane_local.shell import DIE_WITH_PARENT
 
 READY_S = 120.0
 
@@ -95,7 +96,7 @@ def control_plane(programs: dict[str, Path], folder: Path) -> Iterator[Path]:
         for name, arguments in commands.items():
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
             running[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", programs[name], *arguments],
+                [*DIE_WITH_PARENT, programs[name], *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
