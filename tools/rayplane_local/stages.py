@@ -99,7 +99,16 @@ def artefacts_works(settings: Settings, released: set[str]) -> list[Work]:
         if parts.find_go(settings) is None:
             works.append(Work("go toolchain", lambda step: packages.fetch_go(settings, step), lane="compute"))
             go_step = ("go toolchain",)
-        works += [Work(f"build {part.name}", partial(build, settings, part), needs=go_step) for part in to_build]
+        # The modules share only Go's own packages: the smaller is compiled after the downloads, while the larger links.
+        works += [
+            Work(
+                f"build {part.name}",
+                partial(build, settings, part),
+                lane="compute" if part.module_name == "platform" else "download",
+                needs=go_step,
+            )
+            for part in to_build
+        ]
     return works
 
 
