@@ -19,7 +19,12 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -35,6 +40,10 @@ _METADATA_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 class KubeError(Exception):
     """The cluster cannot be reached, or its configuration cannot be read."""
+
+
+class CredentialError(KubeError):
+    """The kubeconfig's credential plugin or token file gives no credential."""
 
 
 class NoKubeconfigError(KubeError):
@@ -56,9 +65,23 @@ def load_yaml(text: str) -> list[Json]:
     return [document for document in yaml.load_all(text, Loader=_METADATA_LOADER) if document]
 
 
+@dataclass(frozen=True)
+class Credential:
+    """A token or the files of a client certificate. ``expires`` is a Unix time; None where nobody says."""
+
+    token: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    expires: float | None = None
+
+
 @dataclass
 class Connection:
-    """Where the API server is and how to prove who we are."""
+    """Where the API server is and how to prove who we are.
+
+    ``source`` gives the credential anew where it does not stand in the kubeconfig itself; ``renew_at`` is the Unix time
+    from which it should be asked, and ``renewals`` counts how often it was.
+    """
 
     server: str
     ca_file: str | None = None
@@ -69,6 +92,23 @@ class Connection:
     headers: dict[str, str] = field(default_factory=dict)
     namespace: str = "default"
     proxy_url: str | None = None
+    source: Callable[[], Credential] | None = None
+    renew_at: float | None = None
+    renewals: int = 0
+
+    def renew(self) -> None:
+        """Take the credential from its source. Raises KubeError where that fails."""
+        if self.source is None:
+            return
+        asked = time.time()
+        given = self.source()
+        if given.token:
+            self.headers = {**self.headers, "Authorization": f"Bearer {given.token}"}
+        if given.cert_file:
+            self.cert_file, self.key_file = given.cert_file, given.key_file
+        # A minute before the end, or the last fifth of a life that is short.
+        self.renew_at = given.expires - min(60.0, (given.expires - asked) / 5) if given.expires else None
+        self.renewals += 1
 
 
 def _temp(content: bytes) -> str:
@@ -133,8 +173,8 @@ def _named(config: Json, kind: str, name: str) -> Json:
     raise KubeError(f"the kubeconfig has no {kind[:-1]} {name!r} (it has: {known})")
 
 
-def _exec_credential(spec: Json) -> Json:
-    """Run a credential plugin (``aws eks get-token``, ``gke-gcloud-auth-plugin``, ``kubelogin``) and return its status.
+def _exec_credential(spec: Json) -> Credential:
+    """Run a credential plugin (``aws eks get-token``, ``gke-gcloud-auth-plugin``, ``kubelogin``).
 
     Protocol: https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins
     """
@@ -147,14 +187,32 @@ def _exec_credential(spec: Json) -> Json:
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} cannot be run: {error}") from error
+        raise CredentialError(f"the kubeconfig's credential plugin {command[0]!r} cannot be run: {error}") from error
     if result.returncode != 0:
-        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} failed: {result.stderr.strip()[-500:]}")
+        raise CredentialError(
+            f"the kubeconfig's credential plugin {command[0]!r} failed: {result.stderr.strip()[-500:]}"
+        )
     try:
         status = json.loads(result.stdout)["status"]
-    except (ValueError, KeyError) as error:
-        raise KubeError(f"the kubeconfig's credential plugin {command[0]!r} printed no ExecCredential") from error
-    return status if isinstance(status, dict) else {}
+        until = status.get("expirationTimestamp")
+        expires = datetime.fromisoformat(until).timestamp() if until else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CredentialError(f"the kubeconfig's credential plugin {command[0]!r} printed no ExecCredential") from error
+    certificate = status.get("clientCertificateData")
+    return Credential(
+        token=status.get("token"),
+        cert_file=_temp(certificate.encode()) if certificate else None,
+        key_file=_temp(status["clientKeyData"].encode()) if certificate else None,
+        expires=expires,
+    )
+
+
+def _token_file(path: Path) -> Credential:
+    """A token that somebody keeps fresh in a file, as the kubelet does for a pod's service account."""
+    try:
+        return Credential(token=path.read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise CredentialError(f"the token file {path} cannot be read: {error.strerror}") from error
 
 
 def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
@@ -182,21 +240,56 @@ def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
         namespace=context.get("namespace") or "default",
         proxy_url=cluster.get("proxy-url"),
     )
-    token = user.get("token")
-    if not token and user.get("tokenFile"):
-        token = (base / user["tokenFile"]).read_text(encoding="utf-8").strip()
-    if not token and user.get("exec"):
-        status = _exec_credential(user["exec"])
-        token = status.get("token")
-        if status.get("clientCertificateData"):
-            connection.cert_file = _temp(status["clientCertificateData"].encode())
-            connection.key_file = _temp(status["clientKeyData"].encode())
-    if token:
-        connection.headers["Authorization"] = f"Bearer {token}"
+    if user.get("token"):
+        connection.headers["Authorization"] = f"Bearer {user['token']}"
+    elif user.get("tokenFile"):
+        connection.source = partial(_token_file, base / user["tokenFile"])
+    elif user.get("exec"):
+        connection.source = partial(_exec_credential, user["exec"])
     elif user.get("username"):
         pair = f"{user['username']}:{user.get('password', '')}".encode()
         connection.headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+    connection.renew()
     return connection
+
+
+def _kubeconfig_paths(kubeconfig: str | None) -> str | None:
+    """The kubeconfig files to read, or None where those of kubectl's default place are meant."""
+    return kubeconfig or os.environ.get("K8S_AUTH_KUBECONFIG") or os.environ.get("KUBECONFIG")
+
+
+def _context_name(context: str | None) -> str | None:
+    return context or os.environ.get("K8S_AUTH_CONTEXT") or None
+
+
+def kubectl_settings(kubeconfig: str | None = None, context: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """Options and environment with which kubectl talks to the cluster of ``connection_from_environment``.
+
+    Call ``forget_temporary`` once kubectl has ended.
+    """
+    env = os.environ
+    paths = _kubeconfig_paths(kubeconfig)
+    if env.get("K8S_AUTH_HOST") and not kubeconfig:
+        found = connection_from_environment()
+        cluster: Json = {"server": found.server, "insecure-skip-tls-verify": not found.verify}
+        if found.ca_file and found.verify:
+            cluster["certificate-authority"] = found.ca_file
+        given = {
+            "token": env.get("K8S_AUTH_API_KEY"),
+            "client-certificate": found.cert_file,
+            "client-key": found.key_file,
+        }
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "given",
+            "clusters": [{"name": "given", "cluster": cluster}],
+            "users": [{"name": "given", "user": {key: value for key, value in given.items() if value}}],
+            "contexts": [{"name": "given", "context": {"cluster": "given", "user": "given"}}],
+        }
+        return [], {**env, "KUBECONFIG": _temp(json.dumps(config).encode())}
+    options = ["--context", name] if (name := _context_name(context)) else []
+    return options, {**env, "KUBECONFIG": paths} if paths else dict(env)
 
 
 def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
@@ -213,15 +306,17 @@ def connection_from_environment(kubeconfig: str | None = None, context: str | No
             connection.headers["Authorization"] = f"Bearer {env['K8S_AUTH_API_KEY']}"
         connection.cert_file, connection.key_file = env.get("K8S_AUTH_CERT_FILE"), env.get("K8S_AUTH_KEY_FILE")
         return connection
-    paths = kubeconfig or env.get("K8S_AUTH_KUBECONFIG") or env.get("KUBECONFIG")
+    paths = _kubeconfig_paths(kubeconfig)
     default = Path("~/.kube/config").expanduser()
     if not paths and not default.exists() and (_SERVICE_ACCOUNT / "token").exists():
-        token = (_SERVICE_ACCOUNT / "token").read_text(encoding="utf-8").strip()
-        server = f"https://{env['KUBERNETES_SERVICE_HOST']}:{env['KUBERNETES_SERVICE_PORT']}"
-        return Connection(
-            server=server, ca_file=f"{_SERVICE_ACCOUNT}/ca.crt", headers={"Authorization": f"Bearer {token}"}
+        connection = Connection(
+            server=f"https://{env['KUBERNETES_SERVICE_HOST']}:{env['KUBERNETES_SERVICE_PORT']}",
+            ca_file=f"{_SERVICE_ACCOUNT}/ca.crt",
+            source=partial(_token_file, _SERVICE_ACCOUNT / "token"),
         )
-    return _from_kubeconfig(paths or str(default), context or env.get("K8S_AUTH_CONTEXT") or None)
+        connection.renew()
+        return connection
+    return _from_kubeconfig(paths or str(default), _context_name(context))
 
 
 @dataclass(frozen=True)
@@ -251,13 +346,18 @@ class Cluster:
         self.connection = connection
         self.warnings: list[str] = []
         self._discovered: dict[str, dict[str, Resource]] = {}
-        options: Json = {
+        self._renewing = threading.Lock()
+        self._limits: Json = {
             "maxsize": 8,
             "timeout": urllib3.Timeout(connect=10.0, read=timeout),
             "retries": urllib3.Retry(
                 total=retries, connect=min(retries, 2), read=0, backoff_factor=0.3, allowed_methods=None
             ),
         }
+        self._pool = self._open()
+
+    def _open(self) -> Any:
+        connection, options = self.connection, dict(self._limits)
         if connection.server.startswith("https"):
             options |= {
                 "ca_certs": connection.ca_file,
@@ -268,11 +368,19 @@ class Cluster:
                 options |= {"server_hostname": connection.server_name, "assert_hostname": connection.server_name}
             if not connection.verify:
                 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        self._pool: Any = (
-            urllib3.ProxyManager(connection.proxy_url, **options)
-            if connection.proxy_url
-            else urllib3.PoolManager(**options)
-        )
+        if connection.proxy_url:
+            return urllib3.ProxyManager(connection.proxy_url, **options)
+        return urllib3.PoolManager(**options)
+
+    def _renew(self, renewals: int) -> None:
+        """Take a new credential, unless another thread has since the count of ``renewals`` was read."""
+        connection = self.connection
+        with self._renewing:
+            if connection.renewals == renewals:
+                certificate = connection.cert_file
+                connection.renew()
+                if connection.cert_file != certificate:
+                    self._pool = self._open()
 
     def request(
         self,
@@ -287,16 +395,28 @@ class Cluster:
     ) -> Any:
         """One request; the decoded JSON (text where ``raw``). Raises ApiError on a refusal, KubeError when nothing
         answers. ``headers`` are further ones, for what is asked through the API server's proxy."""
-        url = self.connection.server + path + ("?" + urlencode(query) if query else "")
-        headers = {"Accept": "application/json", **self.connection.headers, **(headers or {})}
+        connection = self.connection
+        url = connection.server + path + ("?" + urlencode(query) if query else "")
+        headers = {"Accept": "application/json", **(headers or {})}
         payload = None
         if body is not None:
             payload = json.dumps(body).encode()
             headers["Content-Type"] = content_type
-        try:
-            answer = self._pool.request(method, url, body=payload, headers=headers)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise KubeError(f"the API server {self.connection.server} does not answer: {error}") from error
+        renewals = connection.renewals
+        if connection.renew_at is not None and time.time() >= connection.renew_at:
+            self._renew(renewals)
+
+        def send() -> Any:
+            try:
+                return self._pool.request(method, url, body=payload, headers={**connection.headers, **headers})
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise KubeError(f"the API server {connection.server} does not answer: {error}") from error
+
+        renewals = connection.renewals
+        answer = send()
+        if answer.status == 401 and connection.source:
+            self._renew(renewals)
+            answer = send()
         for warning in answer.headers.getlist("Warning"):
             text = warning.split('"')[1] if '"' in warning else warning
             if text not in self.warnings:

@@ -9,18 +9,28 @@ CRD of an object comes with the same deployment) is predicted as created.
 
 from __future__ import annotations
 
-import base64
 import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from ansible.module_utils.kube_api import ApiError, Cluster, Json, KubeError, Resource
+from ansible.module_utils.kube_api import ApiError, Cluster, CredentialError, Json, KubeError, Resource
+from ansible.module_utils.kube_room import no_node_for, requests_of
+from ansible.module_utils.kube_state import (
+    READY,
+    Final,
+    collect_evidence,
+    condition_state,
+    current_pods,
+    is_ready,
+    pods_problem,
+    selector_of,
+)
 
 DIGEST = "rayplane.io/applied-digest"
 PART_OF = "app.kubernetes.io/part-of"
@@ -29,13 +39,14 @@ INSTANCE = "app.kubernetes.io/instance"
 _VOLATILE = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
 _BOOKKEEPING = (DIGEST, "deployment.kubernetes.io/revision")
 _BASE_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-# Serve's word for a configuration that it tried and could not run; it may stand there from the configuration before.
-_FAILED = "DEPLOY_FAILED"
-_FAILED_PATIENCE_S = 60.0
+# A refused credential may be an API server's that has just started and does not know its rules yet.
+_REFUSED_PATIENCE_S = 15.0
 # Applied before everything else, in this order: others live in them or are instances of them.
 _FIRST = ("Namespace", "CustomResourceDefinition")
 # Kinds whose fields are fixed for life, while nothing that was made with an object needs it any more.
 _REPLACED = ("StorageClass",)
+# Kinds of which a change replaces pods that run.
+_REPLACES_PODS = ("Deployment", "StatefulSet")
 # Lists whose entries have a name of their own, for alignment.
 _ENTRY_KEYS = ("name", "groupName")
 
@@ -174,6 +185,8 @@ class ApplySet:
         self._namespaces: dict[str, bool] = {}
         # Live objects by label, as long as nothing was sent that could change them.
         self._seen: dict[str, Json | None] = {}
+        # Objects with pods as they were before a change, by label.
+        self._before: dict[str, Json] = {}
 
     @property
     def selector(self) -> str:
@@ -264,6 +277,7 @@ class ApplySet:
             applied = (live["metadata"].get("annotations") or {}).get(DIGEST)
             if applied == digest and contains(live["spec"], item["spec"]):
                 return "unchanged", live, item
+        self._look_for_room(item, live)
         try:
             after = self.cluster.apply(resource, item, self.manager, self.dry_run)
         except ApiError as error:
@@ -287,7 +301,53 @@ class ApplySet:
         kind = "unchanged" if comparable(live) == comparable(after) else "updated"
         if kind == "updated":
             self._seen.pop(label_of(item), None)
+            if item["kind"] in _REPLACES_PODS and not self.dry_run:
+                self._before[label_of(item)] = live
         return kind, live, after
+
+    def _look_for_room(self, item: Json, live: Json | None) -> None:
+        """Refuse a change that would end a running pod for one that has no place: a StatefulSet's goes before its
+        successor comes."""
+        if live is None or item["kind"] not in _REPLACES_PODS:
+            return
+        old, new = live["spec"]["template"]["spec"], item["spec"]["template"]["spec"]
+        if requests_of(old) == requests_of(new) and old.get("nodeSelector") == new.get("nodeSelector"):
+            return
+        labels = live["spec"]["selector"].get("matchLabels") or {}
+        pods = Resource("v1", "Pod", "pods", True)
+        own = self.cluster.list(pods, live["metadata"].get("namespace"), selector_of(labels)) if labels else []
+        without = [pod["metadata"]["name"] for pod in own] if item["kind"] == "StatefulSet" else []
+        if why := no_node_for(self.cluster, new, without):
+            raise ApplyError(
+                f"{label_of(item)} stays as it is: its changed pod fits on no node: {why}. "
+                "Lower what it asks for, or make room."
+            )
+
+    def _restore(self, names: Iterable[str]) -> list[str]:
+        """Give objects that cannot become ready back the pods that they had; what was done, in words."""
+        done = []
+        for name in names:
+            before = self._before.get(name)
+            resource = before and self.cluster.resource(before["apiVersion"], before["kind"])
+            if before is None or resource is None:
+                continue
+            meta = before["metadata"]
+            try:
+                live = self.cluster.get(resource, meta["namespace"], meta["name"])
+                if live is None:
+                    continue
+                stuck = [pod["metadata"]["name"] for pod in current_pods(self.cluster, live) if not is_ready(pod)]
+                version = {"resourceVersion": live["metadata"]["resourceVersion"]}
+                path = resource.path(meta["namespace"], meta["name"])
+                self.cluster.request("PUT", path, {**before, "metadata": {**meta, **version}})
+                # The controller waits for a StatefulSet's pod to get ready before it replaces it, for ever.
+                for pod in stuck if live["kind"] == "StatefulSet" else []:
+                    self.cluster.delete(Resource("v1", "Pod", "pods", True), meta["namespace"], pod)
+            except KubeError as error:
+                done.append(f"{name} could not be set back to what ran before: {error}")
+            else:
+                done.append(f"{name} was set back to what ran before")
+        return done
 
     def _port_moves(self, item: Json, said: str) -> bool:
         """Whether a node port is refused only because another Service of ours has it, which an earlier stage of the
@@ -410,40 +470,54 @@ class ApplySet:
         return resource is not None and bool(self.cluster.list(resource))
 
     def wait(self, targets: Iterable[Json], timeout: float, evidence: Json | None = None, poll: float = 0.5) -> float:
-        """Wait until every target is ready. Returns the seconds it took; raises ApplyError with evidence when
-        ``timeout`` is over."""
+        """Wait until every target is ready. Returns the seconds it took.
+
+        Raises ApplyError with evidence when ``timeout`` is over, and as soon as a target cannot become ready any more.
+        """
         started = time.monotonic()
         waiting = list(targets)
         reasons: dict[str, str] = {}
-        failed_since: float | None = None
+        final_since: dict[str, float] = {}
         pause = poll
         while True:
             still = []
             for target in waiting:
-                try:
-                    state = self._state(target)
-                except KubeError as error:
-                    # An API server that restarts is waited for like everything else.
-                    state = str(error)
+                name = _target_label(target)
+                state = self._seen_state(target)
                 if state is not None:
                     still.append(target)
-                    reasons[_target_label(target)] = state
+                    reasons[name] = state
+                if not isinstance(state, Final):
+                    final_since.pop(name, None)
             waiting = still
             elapsed = time.monotonic() - started
             if not waiting:
                 return elapsed
-            if not any(_FAILED in reasons[_target_label(target)] for target in waiting):
-                failed_since = None
-            elif failed_since is None:
-                failed_since = elapsed
-            if elapsed > timeout or (failed_since is not None and elapsed - failed_since > _FAILED_PATIENCE_S):
-                open_ = [f"{name}: {reasons[name]}" for name in (_target_label(target) for target in waiting)]
-                raise ApplyError(
-                    f"not ready after {elapsed:.0f} s: " + "; ".join(open_),
-                    collect_evidence(self.cluster, waiting, evidence or {}),
-                )
+            names = [_target_label(target) for target in waiting]
+            lost = []
+            for name in names:
+                state = reasons[name]
+                if isinstance(state, Final) and elapsed - final_since.setdefault(name, elapsed) >= state.patience_s:
+                    lost.append(name)
+            if lost or elapsed > timeout:
+                said = "; ".join(f"{name}: {reasons[name]}" for name in lost or names)
+                shown = collect_evidence(self.cluster, waiting, evidence or {})
+                if lost:
+                    raise ApplyError(f"cannot become ready: {said}", [*self._restore(lost), *shown])
+                raise ApplyError(f"not ready after {elapsed:.0f} s: {said}", shown)
             time.sleep(pause)
             pause = min(pause * 1.3, 3.0)
+
+    def _seen_state(self, target: Json) -> str | None:
+        """None where the target is as wanted, else why not. An API server that restarts is waited for like
+        everything else."""
+        state: str | None
+        try:
+            state = self._state(target)
+        except KubeError as error:
+            refused = isinstance(error, CredentialError) or (isinstance(error, ApiError) and error.status in (401, 403))
+            state = Final(str(error), _REFUSED_PATIENCE_S) if refused else str(error)
+        return state
 
     def _state(self, target: Json) -> str | None:
         """None where the target is as wanted, else why not."""
@@ -466,8 +540,12 @@ class ApplySet:
             return "it still exists" + (f" (finalizers: {', '.join(finalizers)})" if finalizers else "")
         check = READY.get(target["kind"])
         if target.get("condition") or check is None:
-            return condition_state(live, target.get("condition") or "Ready")
-        return check(self.cluster, live)
+            state: str | None = condition_state(live, target.get("condition") or "Ready")
+        else:
+            state = check(self.cluster, live)
+        if state is not None and not isinstance(state, Final):
+            state = pods_problem(self.cluster, live) or state
+        return state
 
 
 def _target_label(target: Json) -> str:
@@ -482,189 +560,3 @@ def _target_of(item: Json) -> Json:
         "namespace": meta.get("namespace"),
         "name": meta["name"],
     }
-
-
-def condition_state(live: Json, condition: str) -> str | None:
-    """None where the condition holds for the current generation, else what it says."""
-    for entry in live.get("status", {}).get("conditions") or []:
-        if entry["type"] == condition:
-            if entry["status"] == "True":
-                return None
-            return f"{condition} is {entry['status']}: {entry.get('reason', '')} {entry.get('message', '')}".rstrip()
-    return f"no condition {condition} yet"
-
-
-def crd_state(cluster: Cluster, live: Json) -> str | None:
-    return condition_state(live, "Established")
-
-
-def deployment_state(cluster: Cluster, live: Json) -> str | None:
-    """A Deployment is ready when the current generation's replicas are all available and no older one is left."""
-    status, wanted = live.get("status", {}), live["spec"].get("replicas", 1)
-    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
-        return "the controller has not seen the change"
-    if (
-        status.get("updatedReplicas", 0) < wanted
-        or status.get("replicas", 0) > wanted
-        or status.get("availableReplicas", 0) < wanted
-    ):
-        progress = condition_state(live, "Available") or "rolling out"
-        return f"{status.get('availableReplicas', 0)} of {wanted} replicas available ({progress})"
-    return None
-
-
-def daemonset_state(cluster: Cluster, live: Json) -> str | None:
-    """A DaemonSet is ready when the current generation's pods are available on every node that they belong on.
-
-    Where no node is one of those (no GPU node yet, say), there is nothing to wait for.
-    """
-    status = live.get("status", {})
-    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
-        return "the controller has not seen the change"
-    wanted = status.get("desiredNumberScheduled", 0)
-    if status.get("updatedNumberScheduled", 0) < wanted or status.get("numberAvailable", 0) < wanted:
-        return (
-            f"{status.get('numberAvailable', 0)} of {wanted} pods available, "
-            f"{status.get('updatedNumberScheduled', 0)} up to date"
-        )
-    return None
-
-
-def statefulset_state(cluster: Cluster, live: Json) -> str | None:
-    """A StatefulSet is ready when the current revision's replicas are all ready."""
-    status, wanted = live.get("status", {}), live["spec"].get("replicas", 1)
-    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
-        return "the controller has not seen the change"
-    if status.get("updatedReplicas", 0) < wanted or status.get("readyReplicas", 0) < wanted:
-        up_to_date = status.get("updatedReplicas", 0)
-        return f"{status.get('readyReplicas', 0)} of {wanted} replicas ready, {up_to_date} up to date"
-    return None
-
-
-def _ray_token(cluster: Cluster, rayservice: Json, ray_cluster: str) -> dict[str, str]:
-    """The header by which a Ray dashboard with tokens lets us in; the API server keeps ``Authorization`` for itself."""
-    if rayservice["spec"].get("rayClusterConfig", {}).get("authOptions", {}).get("mode") != "token":
-        return {}
-    namespace, selector = rayservice["metadata"]["namespace"], f"ray.io/cluster={ray_cluster}"
-    tokens = [
-        base64.b64decode(secret["data"]["auth_token"]).decode()
-        for secret in cluster.list(Resource("v1", "Secret", "secrets", True), namespace, selector)
-        if "auth_token" in secret.get("data", {})
-    ]
-    return {"X-Ray-Authorization": f"Bearer {tokens[0]}"} if tokens else {}
-
-
-def rayservice_state(cluster: Cluster, live: Json) -> str | None:
-    """A RayService is ready when its current generation serves: no upgrade under way and each declared application
-    RUNNING.
-
-    A change of serveConfigV2 is applied in place, while the condition Ready stays True and the last statuses stay
-    RUNNING, so Serve itself is
-    asked (through the API server's proxy) whether it runs the declared configuration. Where the proxy is refused the
-    object's status decides.
-    """
-    status = live.get("status", {})
-    if status.get("observedGeneration", 0) < live["metadata"]["generation"]:
-        return "the operator has not seen the change"
-    pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName")
-    active = status.get("activeServiceStatus") or {}
-    if pending:
-        return f"cluster {pending} is being prepared" + (
-            f" beside {active.get('rayClusterName')}" if active.get("rayClusterName") else ""
-        )
-    declared = {
-        app["name"]: app for app in yaml.safe_load(live["spec"].get("serveConfigV2") or "{}").get("applications", [])
-    }
-    reported = active.get("applicationStatuses") or {}
-    for name in sorted(declared.keys() | reported.keys()):
-        state = (reported.get(name) or {}).get("status", "not deployed yet")
-        if name not in declared:
-            return f"application {name} is being deleted ({state})"
-        if state != "RUNNING":
-            message = (reported.get(name) or {}).get("message", "").strip().splitlines()
-            return f"application {name} is {state}" + (f": {message[-1][:300]}" if message else "")
-    meta = live["metadata"]
-    path = f"/api/v1/namespaces/{meta['namespace']}/services/{meta['name']}-head-svc:8265/proxy/api/serve/applications/"
-    try:
-        headers = _ray_token(cluster, live, str(active.get("rayClusterName")))
-        deployed: Json = cluster.request("GET", path, headers=headers).get("applications", {})
-    except ApiError as error:
-        if error.status not in (401, 403):
-            return f"Serve's dashboard does not answer yet ({error.status})"
-    else:
-        for name, app in declared.items():
-            running = deployed.get(name) or {}
-            config = running.get("deployed_app_config") or {}
-            if config.get("args") != app.get("args") or config.get("route_prefix") != app.get("route_prefix"):
-                return f"application {name}: Serve has not taken the new configuration yet"
-            if running.get("status") != "RUNNING":
-                return (
-                    f"application {name} is {running.get('status')}: {str(running.get('message', '')).strip()[-300:]}"
-                )
-    return condition_state(live, "Ready")
-
-
-READY: dict[str, Callable[[Cluster, Json], str | None]] = {
-    "CustomResourceDefinition": crd_state,
-    "DaemonSet": daemonset_state,
-    "Deployment": deployment_state,
-    "RayService": rayservice_state,
-    "StatefulSet": statefulset_state,
-}
-
-
-def collect_evidence(cluster: Cluster, targets: Iterable[Json], where: Json, log_lines: int = 15) -> list[str]:
-    """Conditions of the targets, and the pods, last log lines and warning events of ``where`` (``namespace``, pod
-    ``selector``)."""
-    lines: list[str] = []
-    try:
-        for target in targets:
-            resource = cluster.resource(target["api_version"], target["kind"])
-            live = target.get("name") and resource and cluster.get(resource, target.get("namespace"), target["name"])
-            lines += [
-                f"condition {entry['type']}={entry['status']} {entry.get('reason', '')}: {entry.get('message', '')}"
-                for entry in (live or {}).get("status", {}).get("conditions") or []
-            ]
-        namespace = where.get("namespace")
-        if not namespace:
-            return lines
-        pods = cluster.list(Resource("v1", "Pod", "pods", True), namespace, where.get("selector") or "")
-        for pod in pods:
-            lines += _pod_evidence(cluster, namespace, pod, log_lines)
-        if not pods:
-            lines.append(f"no pod matches {where.get('selector') or 'anything'} in namespace {namespace}")
-        events = cluster.list(Resource("v1", "Event", "events", True), namespace)
-        events.sort(
-            key=lambda event: (
-                event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
-            )
-        )
-        for event in [event for event in events if event.get("type") == "Warning"][-10:]:
-            subject = event["involvedObject"]
-            name = f"{subject.get('kind')}/{subject.get('name')}"
-            lines.append(f"event {name}: {event.get('reason')}: {(event.get('message') or '').strip()}")
-    except KubeError as error:
-        lines.append(f"(no more evidence: {error})")
-    return lines
-
-
-def _pod_evidence(cluster: Cluster, namespace: str, pod: Json, log_lines: int) -> list[str]:
-    name, status = pod["metadata"]["name"], pod.get("status", {})
-    lines = [f"pod {name}: {status.get('phase', 'unknown')}"]
-    lines += [
-        f"  {entry['type']}: {entry['message']}"
-        for entry in status.get("conditions") or []
-        if entry["status"] != "True" and entry.get("message")
-    ]
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        state = next(iter((container.get("state") or {"unknown": {}}).items()))
-        if state[0] == "terminated" and state[1].get("exitCode") == 0:
-            continue
-        said = " ".join(str(state[1][key]) for key in ("reason", "message", "exitCode") if key in state[1])
-        lines.append(
-            f"  container {container['name']}: {state[0]} {said} restarts={container.get('restartCount', 0)}".rstrip()
-        )
-        if state[0] != "waiting" or container.get("restartCount", 0):
-            log = cluster.pod_log(namespace, name, container["name"], log_lines, previous=state[0] == "waiting")
-            lines += [f"    | {line}" for line in log.splitlines()]
-    return lines

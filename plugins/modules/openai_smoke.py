@@ -15,7 +15,8 @@ description:
     deployed may still be
     starting. An answer that is wrong three times fails at once.
   - Without O(base_url) the Service in the cluster is reached through a C(kubectl port-forward) that lives as long as
-    the call.
+    the call. It gets the kubeconfig and the context of the other modules (E(K8S_AUTH_KUBECONFIG), E(K8S_AUTH_CONTEXT),
+    E(K8S_AUTH_HOST), E(KUBECONFIG)).
   - Nothing is changed. In check mode nothing is asked.
 options:
   base_url:
@@ -89,7 +90,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import Cluster, KubeError, Resource, connection_from_environment, forget_temporary
+from ansible.module_utils.kube_api import (
+    Cluster,
+    KubeError,
+    Resource,
+    connection_from_environment,
+    forget_temporary,
+    kubectl_settings,
+)
 
 Json = dict[str, Any]
 
@@ -212,10 +220,14 @@ def key_of(given: Json) -> str:
 
 @contextmanager
 def forwarded(kubectl: str, service: Json) -> Iterator[str]:
-    """Address of a ``kubectl port-forward`` to the Service, ended afterwards."""
-    command = [kubectl, "port-forward", "--address", "127.0.0.1", "-n", service["namespace"]]
+    """Address of a ``kubectl port-forward`` to the Service of the cluster that every other task talks to, ended
+    afterwards."""
+    options, environment = kubectl_settings()
+    command = [kubectl, *options, "port-forward", "--address", "127.0.0.1", "-n", service["namespace"]]
     command += [f"svc/{service['name']}", f":{service['port']}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             match = re.search(r"127\.0\.0\.1:(\d+)", line)
@@ -225,6 +237,7 @@ def forwarded(kubectl: str, service: Json) -> Iterator[str]:
             yield f"http://127.0.0.1:{match[1]}"
         finally:
             process.terminate()
+            forget_temporary()
 
 
 def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers: list[Json]) -> None:
