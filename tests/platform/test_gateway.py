@@ -14,8 +14,22 @@ from pathlib import Path
 
 import openai
 import pytest
+import yaml
 
-from .conftest import ENDPOINT, HOME, MODEL, NAMESPACE, Kubectl, Run, Runner, api_key, ask, wait_until
+from .conftest import (
+    ENDPOINT,
+    HOME,
+    MODEL,
+    NAMESPACE,
+    ROOT,
+    Kubectl,
+    Run,
+    Runner,
+    api_key,
+    ask,
+    no_answer,
+    wait_until,
+)
 
 KEY = re.compile(r"rp-[a-z0-9]{12}-[A-Za-z0-9_-]{43}")
 # What a person waits for: the playbooks themselves wait until every pod knows.
@@ -190,3 +204,38 @@ def test_rerun_plan_and_drift_find_nothing(deployed: Path, make: Runner, run: Ru
     report = run("ansible-playbook", "playbooks/drift.yml", "-i", "inventories/local", "-e", f"drift_dir={tmp_path}")
     report.expect_success()
     assert json.loads((tmp_path / "drift.json").read_text())["status"] == "clean"
+
+
+def test_verify_asks_this_cluster_through_a_port_forward(deployed: Path, run: Runner, tmp_path: Path) -> None:
+    """What kubectl would ask by itself is another cluster."""
+    decoy = tmp_path / ".kube/config"
+    decoy.parent.mkdir()
+    other = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "other",
+        "clusters": [{"name": "other", "cluster": {"server": "https://127.0.0.1:9"}}],
+        "users": [{"name": "other", "user": {"token": "t"}}],
+        "contexts": [{"name": "other", "context": {"cluster": "other", "user": "other"}}],
+    }
+    decoy.write_text(json.dumps(other))
+    env = {"HOME": str(tmp_path), "RAYPLANE_HOME": str(HOME), "KUBECONFIG": str(decoy)}
+    values = {"verify_base_url": "", "verify_timeout_s": 120}
+    words = ["playbooks/verify.yml", "-i", "inventories/local", "-e", json.dumps(values)]
+    assert "Paris" in run("ansible-playbook", *words, env=env).expect_success().output
+
+
+def test_a_model_that_cannot_start_ends_the_run_with_its_reason(deployed: Path, make: Runner) -> None:
+    """What ran before goes on answering, and the next run brings back what is declared."""
+    models = yaml.safe_load((ROOT / "inventories/local/group_vars/all/ray.yml").read_text())["rayservice_models"]
+    models[0]["engine"]["no_such_argument"] = 1
+    failed = make("deploy", f"-e '{json.dumps({'rayservice_models': models})}'")
+    said = " ".join(failed.output.split())
+    assert failed.returncode != 0
+    assert (
+        "cannot become ready: RayService rayplane/rayplane: application smollm2-135m-instruct is DEPLOY_FAILED" in said
+    )
+    assert "no_such_argument" in said
+    assert no_answer() == ""
+    make("deploy").expect_success()
+    assert no_answer() == ""

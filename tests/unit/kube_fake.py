@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -37,6 +38,8 @@ class Server(ThreadingHTTPServer):
         self.writes: list[str] = []
         #: Tokens that are taken; None: everybody's.
         self.tokens: set[str] | None = None
+        #: How long a token, which is the time of its making, is taken; 0: for ever.
+        self.token_life_s = 0.0
         #: Paths that Ray lets in only with this in X-Ray-Authorization.
         self.protected: dict[str, str] = {}
         self.lock = threading.Lock()
@@ -80,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.server.tokens is not None and token not in self.server.tokens:
             return 401, {"reason": "Unauthorized", "message": "Unauthorized"}
+        if self.server.token_life_s and time.time() - float(token or 0) > self.server.token_life_s:
+            return 401, {"reason": "Unauthorized", "message": "the token has expired"}
         for version, kinds in self.server.kinds.items():
             root = f"/api/{version}" if "/" not in version else f"/apis/{version}"
             if path == root:

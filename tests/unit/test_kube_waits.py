@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.kube_api import Cluster, Connection
+from ansible.module_utils.kube_api import Cluster, Connection, connection_from_environment
 from ansible.module_utils.kube_apply import ApplyError, ApplySet
 from ansible.module_utils.kube_room import no_node_for, quantity, requests_of, tolerates
 from ansible.module_utils.kube_state import (
@@ -180,6 +182,9 @@ def test_a_stateful_set_is_ready_with_the_current_revision() -> None:
     assert statefulset_state(cluster, live) is None
 
 
+READY = [{"type": "Ready", "status": "True"}]
+# Longer than any machine needs.
+LONG_S = 300.0
 RAY_TARGET = {"api_version": "ray.io/v1", "kind": "RayService", "namespace": "llm", "name": "r"}
 TRACEBACK = """Deploying app 'a' failed with exception:
 Traceback (most recent call last):
@@ -234,7 +239,36 @@ def test_credentials_that_stay_refused_end_the_wait(server: Server, monkeypatch:
         work(refused).wait([target], 60, poll=0.05)
 
 
-def deployment(**meta: Any) -> Json:
+PLUGIN = """#!/bin/sh
+until=$(date -u -d '+5 seconds' +%Y-%m-%dT%H:%M:%SZ)
+echo '{"status": {"token": "'$(date +%s.%N)'", "expirationTimestamp": "'$until'"}}'
+"""
+
+
+def test_a_wait_outlives_tokens_that_live_five_seconds(server: Server, tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin"
+    plugin.write_text(PLUGIN)
+    plugin.chmod(0o755)
+    config = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+        "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}],
+        "users": [{"name": "u", "user": {"exec": {"command": str(plugin)}}}],
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    server.token_life_s = 5.0
+    connection = connection_from_environment(str(tmp_path / "config"))
+    place = "/api/v1/namespaces/llm/secrets/s"
+    late = threading.Timer(12.0, server.put, (place, {"metadata": {"name": "s"}, "status": {"conditions": READY}}))
+    late.start()
+    target = {"api_version": "v1", "kind": "Secret", "namespace": "llm", "name": "s"}
+    waited = work(Cluster(connection)).wait([target], LONG_S)
+    late.join()
+    assert waited > 10
+    assert connection.renewals >= 3
+
+
+def deployment() -> Json:
     selector = {"matchLabels": {"app": "d"}}
     return {
         "kind": "Deployment",
