@@ -326,8 +326,8 @@ class Cluster:
         if params["version"] and minor(params["version"]) < minor(now["version"]):
             raise PlatformError(
                 f"{self.resource} runs Kubernetes {now['version']}, eks_kubernetes_version asks for"
-                f" {params['version']}: EKS cannot go back;"
-                f' set it to "{now["version"]}" or later'
+                f" {params['version']}: only upgrades are made here;"
+                f' set it to "{now["version"]}" or later, or use EKS\'s version rollback within 7 days of an upgrade'
             )
         if params["version"] and params["version"] != now["version"]:
             self._refuse_skew(now["version"], params["version"])

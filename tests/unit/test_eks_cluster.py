@@ -203,7 +203,7 @@ def test_check_mode_predicts_every_step_of_an_upgrade() -> None:
 @pytest.mark.parametrize(
     ("have", "want", "reason"),
     [
-        ("1.35", "1.34", "cannot go back"),
+        ("1.35", "1.34", "only upgrades are made here"),
         ("1.30", "1.34", 'deploy "1.33" first'),
         ("1.34", "v1.34", "not of the form"),
     ],
