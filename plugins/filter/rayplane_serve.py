@@ -55,10 +55,18 @@ def quantity(value: Any) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:
-    """Ray's name of an accelerator: ``nvidia-t4`` is ``T4``. The table ``accelerators`` wins over the rule."""
+# Clouds' spellings that are more than Ray's name in small letters.
+_SPELLINGS = {
+    "A100-40GB": "A100", "A100-80GB": "A100-80G", "H100-80GB": "H100", "H100-MEGA-80GB": "H100", "H200-141GB": "H200",
+}  # fmt: skip
+
+
+def ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:
+    """Ray's name of an accelerator: ``nvidia-t4`` and ``nvidia-tesla-t4`` are ``T4``. The table ``accelerators`` wins
+    over the rule."""
     known = accelerators.get(name, {}).get("ray_name")
-    return str(known) if known else name.removeprefix("nvidia-").upper()
+    plain = name.lower().removeprefix("nvidia-").removeprefix("tesla-").upper()
+    return str(known) if known else _SPELLINGS.get(plain, plain)
 
 
 def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
@@ -192,7 +200,7 @@ def _app(model: Json, route_prefix: str, location: str, settings: Mapping[str, A
         "deployment_config": deployment,
     }
     if gpu and resources.get("accelerator"):
-        config["accelerator_type"] = _ray_accelerator(resources["accelerator"], settings["accelerators"])
+        config["accelerator_type"] = ray_accelerator(resources["accelerator"], settings["accelerators"])
     if model.get("placement"):
         config["placement_group_config"] = model["placement"]
     elif not gpu:
@@ -385,7 +393,7 @@ def _ray_resources(group: Mapping[str, Any], settings: Mapping[str, Any]) -> Jso
     if gpu:
         resources["GPU"] = str(gpu)
         if group.get("accelerator"):
-            resources[f"accelerator_type:{_ray_accelerator(group['accelerator'], settings['accelerators'])}"] = "1"
+            resources[f"accelerator_type:{ray_accelerator(group['accelerator'], settings['accelerators'])}"] = "1"
     return resources | {key: str(value) for key, value in (group.get("ray_resources") or {}).items()}
 
 

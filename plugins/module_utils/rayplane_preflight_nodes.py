@@ -17,7 +17,7 @@ from typing import Any
 from ansible.module_utils.rayplane_preflight import Problem, split_path, step
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
-__all__ = ["accelerators", "autoscaler", "encryption", "node_tools", "storage"]
+__all__ = ["accelerators", "autoscaler", "encryption", "filters", "node_tools", "storage"]
 
 _FILTERS = Path(__file__).resolve().parents[1] / "filter"
 _MINOR = re.compile(r"v?(\d+\.\d+)(\.\d+)?([-+].*)?")
@@ -27,7 +27,7 @@ _QUEUE_NAME = 39
 
 
 @functools.cache
-def _filters(name: str) -> Any:
+def filters(name: str) -> Any:
     """A filter plugin as a module: they are files beside this one, on no import path."""
     spec = importlib.util.spec_from_file_location(f"rayplane_filters_{name}", _FILTERS / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -76,7 +76,7 @@ def autoscaler(values: Values) -> Iterator[Problem]:
         )
     pools, classes = values.get("autoscaler_node_pools"), values.get("autoscaler_node_classes")
     if isinstance(pools, list) and isinstance(classes, list):
-        for sentence in _filters("rayplane_autoscaler").karpenter_problems(pools, classes):
+        for sentence in filters("rayplane_autoscaler").karpenter_problems(pools, classes):
             yield _told(sentence, values, "autoscaler_node_pools")
     for path, group in entries_of(values, "eks_node_groups"):
         if "NVIDIA" in str(group.get("ami_type", "")) and group.get("max_size"):
@@ -97,7 +97,7 @@ def accelerators(values: Values) -> Iterator[Problem]:
         name.removeprefix("gpu_plugin_"): value for name, value in values.items() if name.startswith("gpu_plugin_")
     }
     try:
-        found = _filters("rayplane_gpu").problems(settings)
+        found = filters("rayplane_gpu").problems(settings)
     except (KeyError, TypeError, AttributeError, ValueError):
         # A wrong type, which the argument spec tells.
         found = []
@@ -163,10 +163,10 @@ def storage(values: Values) -> Iterator[Problem]:
     } | {"logs_bucket": values.get("platform_logs_bucket"), "region": values.get("platform_region")}
     if values.get("encryption_enabled") is True and not settings.get("kms_key_id"):
         settings["kms_key_id"] = "made by the role encryption"
-    filters = _filters("rayplane_storage")
+    plugin = filters("rayplane_storage")
     try:
-        filters.storage_bucket_set(values.get("storage_buckets"), settings)
-    except filters.AnsibleFilterError as error:
+        plugin.storage_bucket_set(values.get("storage_buckets"), settings)
+    except plugin.AnsibleFilterError as error:
         yield _told(str(error), values, "storage_buckets")
     except (KeyError, TypeError, AttributeError, ValueError):
         pass  # a wrong type, which the argument spec tells

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_gateway import gateway
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
+from ansible.module_utils.rayplane_preflight_placement import placement
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
 from ansible.module_utils.rayplane_preflight_serving import models, operator, rayservice, secrets, worker_groups
 from ansible.module_utils.rayplane_preflight_values import Values
@@ -31,6 +32,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     rayservice,
     worker_groups,
     models,
+    placement,
     gateway,
 )
 

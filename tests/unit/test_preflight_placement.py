@@ -1,0 +1,157 @@
+"""Preflight puts the Ray pods beside the nodes that may take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.rayplane_instances import machine, room
+from ansible.module_utils.rayplane_preflight_placement import placement
+
+ROLES = Path(__file__).resolve().parents[2] / "roles"
+DEFAULTS: dict[str, Any] = {
+    **yaml.safe_load((ROLES / "rayservice/defaults/main.yml").read_text(encoding="utf-8")),
+    "platform": "aws",
+    "platform_autoscaler": "cluster_autoscaler",
+}
+TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NO_SCHEDULE"}
+
+
+def group(name: str, kind: str, most: int = 4, **more: Any) -> dict[str, Any]:
+    gpu = {"taints": [TAINT]} if kind.startswith(("g", "p")) else {}
+    return {
+        "name": name,
+        "instance_types": [kind],
+        "max_size": most,
+        "labels": {"rayplane.io/pool": name},
+        **gpu,
+        **more,
+    }
+
+
+def model(cpu: Any = 2, memory: str = "8Gi", gpu: int = 1, low: int = 1, high: int = 1, **more: Any) -> dict[str, Any]:
+    resources = {"cpu": cpu, "memory": memory, "gpu": gpu, **more}
+    return {"id": "m", "source": "a/b", "replicas": {"min": low, "max": high}, "resources": resources}
+
+
+def found(*models: dict[str, Any], groups: list[dict[str, Any]] | None = None, **values: Any) -> dict[str, Any]:
+    """The problems by variable."""
+    nodes = groups or [group("cpu", "m5.2xlarge"), group("gpu", "g4dn.xlarge")]
+    given = {**DEFAULTS, "eks_node_groups": nodes, "rayservice_models": list(models), **values}
+    return {problem.variable: problem for problem in placement(given)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "vcpus", "gib", "gpu"),
+    [
+        ("m5.2xlarge", 8, 32, ""),
+        ("c7i.large", 2, 4, ""),
+        ("r6g.xlarge", 4, 32, ""),
+        ("t3.medium", 2, 4, ""),
+        ("g4dn.xlarge", 4, 16, "T4"),
+        ("g5.12xlarge", 48, 192, "A10G"),
+        ("g6e.xlarge", 4, 32, "L40S"),
+        ("p3.2xlarge", 8, 61, "V100"),
+        ("p4d.24xlarge", 96, 1152, "A100"),
+        ("p5.48xlarge", 192, 2048, "H100"),
+        ("inf2.xlarge", 4, 16, ""),
+    ],
+)
+def test_machines_are_as_published(kind: str, vcpus: int, gib: float, gpu: str) -> None:
+    made = machine(kind)
+    assert made is not None
+    assert (made.vcpus, made.memory / 2**30, made.gpu) == (vcpus, pytest.approx(gib), gpu)
+
+
+def test_an_unknown_machine_is_not_guessed_at() -> None:
+    assert machine("x2idn.16xlarge") is None
+    assert machine("m5.metal") is None
+
+
+def test_a_node_keeps_some_for_itself() -> None:
+    """A g4dn.xlarge reports 3.92 CPUs and 14.7 GiB as allocatable, of which the daemons take a little."""
+    made = machine("g4dn.xlarge")
+    assert made is not None
+    left = room(made)
+    assert 3.5 < left.cpu < 3.92
+    assert 13.5 < left.memory / 2**30 < 14.7
+
+
+def test_a_pod_larger_than_its_node_is_refused_with_the_sum() -> None:
+    problems = found(model(cpu=4, memory="16Gi"))
+    assert set(problems) == {"rayservice_models[0].resources.cpu", "rayservice_models[0].resources.memory"}
+    memory = problems["rayservice_models[0].resources.memory"]
+    assert "asks for 16 GiB" in memory.reason
+    assert "g4dn.xlarge in gpu, has 14.2 of its 16 left" in memory.reason
+    assert memory.cure.startswith("write 14Gi or less")
+    assert found(model(cpu=3.6, memory="14Gi")) == {}
+
+
+def test_the_smallest_machine_of_a_group_counts() -> None:
+    mixed = group("gpu", "g4dn.2xlarge") | {"instance_types": ["g4dn.2xlarge", "g4dn.xlarge"]}
+    groups = [group("cpu", "m5.2xlarge"), mixed]
+    assert "rayservice_models[0].resources.cpu" in found(model(cpu=6), groups=groups)
+
+
+def test_head_and_cpu_group_are_placed_too() -> None:
+    small = [group("cpu", "m5.large"), group("gpu", "g4dn.xlarge")]
+    assert set(found(model(), groups=small)) == {"rayservice_cpu_group.cpu"}
+    assert set(found(model(), rayservice_head={"cpu": 1, "memory": "40Gi"})) == {"rayservice_head.memory"}
+    own = [{"name": "own", "cpu": 16, "memory": "8Gi", "min": 1, "max": 1}]
+    assert set(found(model(), rayservice_worker_groups=own)) == {"rayservice_worker_groups[0].cpu"}
+
+
+def test_pods_without_a_gpu_do_not_run_beside_one() -> None:
+    only_gpu = [group("gpu", "g4dn.12xlarge")]
+    assert "rayservice_head.cpu" in found(model(), groups=only_gpu)
+
+
+@pytest.mark.parametrize("name", ["nvidia-t4", "nvidia-tesla-t4", "T4", "NVIDIA-T4"])
+def test_every_clouds_spelling_of_a_gpu_is_taken(name: str) -> None:
+    assert found(model(accelerator=name)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fits"),
+    [
+        ("nvidia-a100", "p4d.24xlarge", True),
+        ("nvidia-a100-40gb", "p4d.24xlarge", True),
+        ("nvidia-a100", "p4de.24xlarge", True),
+        ("nvidia-a100-80gb", "p4de.24xlarge", True),
+        ("nvidia-a100-80gb", "p4d.24xlarge", False),
+        ("nvidia-h100-80gb", "p5.48xlarge", True),
+        ("nvidia-l4", "g4dn.xlarge", False),
+    ],
+)
+def test_a_gpu_that_no_node_group_has_is_refused(name: str, kind: str, fits: bool) -> None:
+    problems = found(model(accelerator=name), groups=[group("cpu", "m5.2xlarge"), group("gpu", kind)])
+    assert set(problems) == (set() if fits else {"rayservice_models[0].resources.accelerator"})
+
+
+def test_bounds_and_upgrades_have_to_fit_beside_each_other() -> None:
+    nodes = [group("cpu", "m5.2xlarge"), group("gpu", "g4dn.xlarge", most=1)]
+    problems = found(model(high=20), groups=nodes)
+    assert all(problem.warning for problem in problems.values())
+    assert (
+        "want 20 GPUs, and the node groups reach 1: gpu (1 x 1)" in problems["rayservice_models[0].replicas.max"].reason
+    )
+    assert problems["rayservice_upgrade_strategy"].cure.startswith("raise max_size by 1")
+    assert found(model(), groups=nodes, rayservice_upgrade_strategy="None") == {}
+    assert not found(model(low=2, high=2), groups=nodes)["rayservice_models[0].replicas.min"].warning
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"platform": "existing"},
+        {"kubeconfig_source": "given"},
+        {"platform_autoscaler": "karpenter"},
+        {"eks_extra_node_groups": [{"name": "t", "launch_template": {"id": "lt-1"}}]},
+        {"eks_extra_node_groups": [group("big", "x2idn.16xlarge")]},
+        {"rayservice_head": {"cpu": "four", "memory": "1Gi"}},
+    ],
+)
+def test_what_is_not_known_is_not_judged(values: dict[str, Any]) -> None:
+    assert found(model(cpu=90), **values) == {}
