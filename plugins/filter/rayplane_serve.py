@@ -31,6 +31,8 @@ Json = dict[str, Any]
 
 IMPORT_PATH = "ray.serve.llm:build_openai_app"
 SERVE_PORT = 8000
+# What a pod asks of Kubernetes for a GPU, unless it wants a slice of one or a shared one.
+GPU_RESOURCE = "nvidia.com/gpu"
 # A RayService's name becomes a prefix of its clusters' and pods' names; the operator refuses a longer one.
 MAX_NAME = 47
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
@@ -43,7 +45,7 @@ _MODEL_KEYS = {
     "resources", "revision", "route_prefix", "source", "verify",
 }  # fmt: skip
 _REPLICA_KEYS = {"min", "max", "initial", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"}
-_RESOURCE_KEYS = {"cpu", "memory", "gpu", "accelerator"}
+_RESOURCE_KEYS = {"cpu", "memory", "gpu", "gpu_resource", "accelerator"}
 
 
 def quantity(value: Any) -> float:
@@ -278,10 +280,15 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
         high = int(replicas.get("max", max(low, 1)))
         _, pipeline = _parallelism(model.get("engine") or {})
         accelerator = resources.get("accelerator") if gpu else None
-        name = str(accelerator or "gpu") if gpu else "cpu"
+        resource = str(resources.get("gpu_resource") or GPU_RESOURCE)
+        # Slices and shared GPUs are other devices than whole ones, so their pods are others, too.
+        slice_name = "" if resource == GPU_RESOURCE else resource.removeprefix("nvidia.com/").replace(".", "-")
+        name = "-".join(filter(None, (str(accelerator or "gpu"), slice_name))) if gpu else "cpu"
         group = groups.setdefault(name, {"name": name, "min": 0, "max": 0, "cpu": 1, "memory": "1Gi", "gpu": 0})
         if accelerator:
             group["accelerator"] = accelerator
+        if slice_name and gpu:
+            group["gpu_resource"] = resource
         group["gpu"] = max(int(group.get("gpu", 0)), gpu)
         for key in ("cpu", "memory"):
             if key in resources and quantity(resources[key]) > quantity(group[key]):
@@ -321,7 +328,8 @@ def _pod(group: Mapping[str, Any], settings: Mapping[str, Any], head: bool) -> J
         limits["cpu"] = str(group["cpu_limit"])
     gpu = int(group.get("gpu", 0))
     if gpu:
-        requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = str(gpu)
+        resource = str(group.get("gpu_resource") or GPU_RESOURCE)
+        requests[resource] = limits[resource] = str(gpu)
     env = _env(settings)
     if not gpu:
         # A node's GPUs are not for pods that asked for none.

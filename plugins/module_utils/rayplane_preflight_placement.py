@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ansible.module_utils.rayplane_preflight_values import Values, entries_of, s
 
 __all__ = ["placement"]
 
+WHOLE = "nvidia.com/gpu"
+_SHARED = "nvidia.com/gpu.shared"
+_DEVICE = re.compile(r"nvidia\.com/(gpu|gpu\.shared|mig-[1-7]g\.[0-9]+gb(\.me)?)(\.shared)?")
 _GIB = 2.0**30
 _EFFECTS = {"NO_SCHEDULE": "NoSchedule", "NO_EXECUTE": "NoExecute", "PREFER_NO_SCHEDULE": "PreferNoSchedule"}
 
@@ -55,6 +59,7 @@ def placement(values: Values) -> Iterator[Problem]:
     Karpenter chooses machines by the pods, and the nodes of a given cluster are not known: both are left out, and so is
     a pod that only a group with machines unknown here could take.
     """
+    yield from _devices(values)
     if values.get("platform") != "aws" or values.get("kubeconfig_source") == "given":
         return
     if values.get("platform_autoscaler") == "karpenter":
@@ -74,6 +79,55 @@ def placement(values: Values) -> Iterator[Problem]:
             yield from _too_large(fit, pod)
     if whole_list:
         yield from _upgrade(values, nodes)
+
+
+def _devices(values: Values) -> Iterator[Problem]:
+    """Pods ask for the devices that the nodes give: whole GPUs, shared ones, or slices by their profile."""
+    if values.get("gpu_plugin_enabled") is not True:
+        return
+    mixed = values.get("gpu_plugin_mig_strategy") == "mixed"
+    renamed = values.get("gpu_plugin_time_slicing_rename") is True
+    partitioned = [
+        (group.get("labels") or {}).get("nvidia.com/mig.config", "all-disabled") != "all-disabled"
+        for _, group in (*entries_of(values, "eks_node_groups"), *entries_of(values, "eks_extra_node_groups"))
+        if "NVIDIA" in str(group.get("ami_type"))
+    ]
+    ours = values.get("gpu_plugin_mode") == "gpu_operator" and values.get("platform") == "aws" and bool(partitioned)
+    if mixed and ours and not any(partitioned):
+        yield Problem(
+            "gpu_plugin_mig_strategy",
+            "mixed",
+            "no node group bears the label nvidia.com/mig.config, without which GPUs stay whole",
+            "give its labels nvidia.com/mig.config: all-1g.10gb, for example",
+            warning=True,
+        )
+    pods = [(f"{path}.resources", entry.get("resources")) for path, entry in entries_of(values, "rayservice_models")]
+    for path, wanted in (*pods, *entries_of(values, "rayservice_worker_groups")):
+        if not isinstance(wanted, Mapping) or not wanted.get("gpu"):
+            continue
+        name = wanted.get("gpu_resource", WHOLE)
+        slices = str(name).startswith("nvidia.com/mig-")
+        reason = cure = ""
+        if not isinstance(name, str) or not _DEVICE.fullmatch(name):
+            reason = "NVIDIA's plugin knows no such device"
+            cure = f"write {WHOLE}, {_SHARED}, or a slice such as nvidia.com/mig-1g.10gb"
+        elif slices and not mixed:
+            reason = "slices have names of their own only where gpu_plugin_mig_strategy is mixed"
+            cure = f"set it to mixed, or write {WHOLE}"
+        elif slices and ours and not any(partitioned):
+            reason = "no node group has slices: none bears the label nvidia.com/mig.config"
+            cure = "label one in eks_node_groups or eks_extra_node_groups"
+        elif name == WHOLE and mixed and ours and all(partitioned):
+            reason = "the nodes' GPUs are partitioned, and each slice is a device named by its profile"
+            cure = "write the slice's name, such as nvidia.com/mig-3g.20gb"
+        elif name == WHOLE and renamed and values.get("gpu_plugin_time_slicing_replicas"):
+            reason = f"gpu_plugin_time_slicing_rename gives shared GPUs the name {_SHARED}"
+            cure = f"write {_SHARED}"
+        elif name == _SHARED and not renamed:
+            reason = "GPUs have this name only with gpu_plugin_time_slicing_rename"
+            cure = f"set it to true, or write {WHOLE}"
+        if reason:
+            yield Problem(f"{path}.gpu_resource", name, reason, cure)
 
 
 def _nodes(values: Values) -> tuple[list[_Nodes], bool]:
@@ -131,7 +185,8 @@ def _pods(values: Values) -> Iterator[_Pod]:
             f"a pod of the worker group {group['name']}",
             quantity(group["cpu"]),
             quantity(group["memory"]),
-            gpus,
+            # A GPU has several slices: only that there is one can be told from here.
+            gpus if group.get("gpu_resource", WHOLE) == WHOLE else min(gpus, 1),
             serve.ray_accelerator(accelerator, settings["accelerators"]) if accelerator else "",
             {
                 **settings.get("node_selector", {}),
@@ -233,6 +288,8 @@ def _upgrade(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
         resources, replicas = entry.get("resources") or {}, entry.get("replicas") or {}
         gpus, low = resources.get("gpu", 0), replicas.get("min", 1)
         high = replicas.get("max", low)
+        if resources.get("gpu_resource", WHOLE) != WHOLE:
+            return
         if whole(gpus) and gpus and whole(low) and whole(high):
             accelerator = resources.get("accelerator")
             kind = serve.ray_accelerator(accelerator, table) if accelerator else ""

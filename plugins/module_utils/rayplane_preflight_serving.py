@@ -93,7 +93,7 @@ MODEL_KEYS = frozenset(
 REPLICA_KEYS = frozenset(
     {"downscale_delay_s", "initial", "max", "min", "target_ongoing_requests", "upscale_delay_s"},
 )
-RESOURCE_KEYS = frozenset({"accelerator", "cpu", "gpu", "memory"})
+RESOURCE_KEYS = frozenset({"accelerator", "cpu", "gpu", "gpu_resource", "memory"})
 _MODEL_SCHEMES = ("s3", "gs", "abfs", "abfss", "hf")
 
 

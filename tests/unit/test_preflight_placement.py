@@ -155,3 +155,42 @@ def test_bounds_and_upgrades_have_to_fit_beside_each_other() -> None:
 )
 def test_what_is_not_known_is_not_judged(values: dict[str, Any]) -> None:
     assert found(model(cpu=90), **values) == {}
+
+
+PARTITIONED = group(
+    "gpu", "p4d.24xlarge", ami_type="AL2023_x86_64_NVIDIA", labels={"nvidia.com/mig.config": "all-1g.5gb"}
+)
+UNDIVIDED = group("gpu", "p4d.24xlarge", ami_type="AL2023_x86_64_NVIDIA")
+OPERATOR = {"gpu_plugin_enabled": True, "gpu_plugin_mode": "gpu_operator", "gpu_plugin_mig_strategy": "mixed"}
+SLICE = "nvidia.com/mig-1g.5gb"
+
+
+@pytest.mark.parametrize(
+    ("resource", "nodes", "settings", "reason"),
+    [
+        (SLICE, PARTITIONED, OPERATOR, ""),
+        ("nvidia.com/gpu", PARTITIONED, OPERATOR, "each slice is a device named by its profile"),
+        (SLICE, UNDIVIDED, OPERATOR, "no node group has slices"),
+        (SLICE, PARTITIONED, {**OPERATOR, "gpu_plugin_mig_strategy": "single"}, "gpu_plugin_mig_strategy is mixed"),
+        ("nvidia.com/gpu", PARTITIONED, {**OPERATOR, "gpu_plugin_mig_strategy": "single"}, ""),
+        ("nvidia.com/mig-1g", PARTITIONED, OPERATOR, "knows no such device"),
+        ("nvidia.com/gpu.shared", UNDIVIDED, {"gpu_plugin_enabled": True}, "only with gpu_plugin_time_slicing_rename"),
+        (
+            "nvidia.com/gpu",
+            UNDIVIDED,
+            {
+                "gpu_plugin_enabled": True,
+                "gpu_plugin_time_slicing_rename": True,
+                "gpu_plugin_time_slicing_replicas": {"nvidia.com/gpu": 4},
+            },
+            "the name nvidia.com/gpu.shared",
+        ),
+    ],
+)
+def test_pods_ask_for_the_devices_that_nodes_give(
+    resource: str, nodes: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    problems = found(model(gpu_resource=resource), groups=[group("cpu", "m5.2xlarge"), nodes], **settings)
+    said = problems.pop("rayservice_models[0].resources.gpu_resource", None)
+    assert (reason in said.reason) if reason and said else said is None
+    assert set(problems) <= {"gpu_plugin_mig_strategy"}

@@ -143,6 +143,16 @@ def test_groups_are_appended_for_a_new_accelerator() -> None:
     assert after[: len(before)] == before
 
 
+def test_slices_have_groups_and_resources_of_their_own() -> None:
+    device = "nvidia.com/mig-1g.10gb"
+    sliced = {**LLAMA, "id": "sliced", "resources": {**LLAMA["resources"], "gpu_resource": device}}
+    groups = rayservice([LLAMA, sliced])["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    asked = {group["groupName"]: group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups}
+    assert asked["nvidia-t4"]["nvidia.com/gpu"] == "1"
+    assert asked["nvidia-t4-mig-1g-10gb"][device] == "1"
+    assert "nvidia.com/gpu" not in asked["nvidia-t4-mig-1g-10gb"]
+
+
 def test_a_group_of_size_zero_declares_its_accelerator() -> None:
     model = {**LLAMA, "replicas": {"min": 0, "max": 3}}
     group = rayservice([model])["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
