@@ -22,10 +22,19 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ansible.module_utils
 import yaml
 from ansible.errors import AnsibleFilterError
+
+# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
+_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
+if _SHARED_CODE not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_SHARED_CODE)
+
+from ansible.module_utils.rayplane_gpus import label_value, ray_name
 
 Json = dict[str, Any]
 
@@ -57,18 +66,9 @@ def quantity(value: Any) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-# Clouds' spellings that are more than Ray's name in small letters.
-_SPELLINGS = {
-    "A100-40GB": "A100", "A100-80GB": "A100-80G", "H100-80GB": "H100", "H100-MEGA-80GB": "H100", "H200-141GB": "H200",
-}  # fmt: skip
-
-
 def ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:
-    """Ray's name of an accelerator: ``nvidia-t4`` and ``nvidia-tesla-t4`` are ``T4``. The table ``accelerators`` wins
-    over the rule."""
-    known = accelerators.get(name, {}).get("ray_name")
-    plain = name.lower().removeprefix("nvidia-").removeprefix("tesla-").upper()
-    return str(known) if known else _SPELLINGS.get(plain, plain)
+    """Ray's name of an accelerator: ``nvidia-t4`` is ``T4``. The table ``accelerators`` wins over the rule."""
+    return str(accelerators.get(name, {}).get("ray_name") or ray_name(name))
 
 
 def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
@@ -287,6 +287,8 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
         group = groups.setdefault(name, {"name": name, "min": 0, "max": 0, "cpu": 1, "memory": "1Gi", "gpu": 0})
         if accelerator:
             group["accelerator"] = accelerator
+            if selector := _gpu_nodes(str(accelerator), settings):
+                group["node_selector"] = selector
         if slice_name and gpu:
             group["gpu_resource"] = resource
         group["gpu"] = max(int(group.get("gpu", 0)), gpu)
@@ -299,6 +301,18 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
     if cpu_models:
         groups["cpu"]["cpu"] = quantity(groups["cpu"]["cpu"]) + 1  # the ingress replicas' share
     return [group for group in groups.values() if group["max"]]
+
+
+def _gpu_nodes(accelerator: str, settings: Mapping[str, Any]) -> Json:
+    """The node selector of a derived group: by the label that nodes with its GPU bear, so that no other GPU serves it.
+
+    Empty where rayservice_accelerators selects nodes itself, or where neither label nor GPU is known.
+    """
+    label = settings["gpu_node_label"]
+    if not label or settings["accelerators"].get(accelerator, {}).get("node_selector"):
+        return {}
+    value = label_value(accelerator, label)
+    return {label: value} if value else {}
 
 
 def _plain_env(settings: Mapping[str, Any]) -> list[Json]:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, sync_tags, wait_until
+from ansible.module_utils.rayplane_gpus import GPU_LABEL, LABEL_OF_FAMILY
 
 __all__ = [
     "ABSENT",
@@ -54,34 +55,10 @@ AMI_TYPES = [
     "CUSTOM",
 ]
 
-#: The label by which the cluster autoscaler knows that a node is going to have a GPU: until the device plugin says so,
-#: it takes the node for one that is still coming up, and adds no other in its place. Source: kubernetes/autoscaler,
-#: cloudprovider/aws/README.md, "Special note on GPU instances".
-GPU_LABEL = "k8s.amazonaws.com/accelerator"
 #: The tag that tells the cluster autoscaler how many Neuron devices a node of an empty group would have: unlike GPUs it
 #: does not know them by the instance type. It reads the tags of managed node groups by DescribeNodegroup. Source:
 #: kubernetes/autoscaler, cloudprovider/aws/aws_manager.go, buildNodeFromTemplate.
 NEURON_TAG = "k8s.io/cluster-autoscaler/node-template/resources/aws.amazon.com/neuron"
-
-# Names of GPUs by instance family: upstream's where it has one (aws_cloud_provider.go, availableGPUTypes), or in its
-# manner. The autoscaler goes by the label's key; the name shows in its metrics.
-_GPUS = {
-    "nvidia-tesla-k80": ("p2",),
-    "nvidia-tesla-m60": ("g3", "g3s"),
-    "nvidia-tesla-v100": ("p3", "p3dn"),
-    "nvidia-tesla-t4": ("g4dn",),
-    "nvidia-t4g": ("g5g",),
-    "nvidia-tesla-a100": ("p4d", "p4de"),
-    "nvidia-a10g": ("g5",),
-    "nvidia-l4": ("g6", "g6f", "gr6", "gr6f"),
-    "nvidia-l40s": ("g6e",),
-    "nvidia-h100": ("p5",),
-    "nvidia-h200": ("p5e", "p5en"),
-    "nvidia-b200": ("p6-b200",),
-    "nvidia-b300": ("p6-b300",),
-    "nvidia-gb200": ("p6e-gb200",),
-}
-_GPU_OF_FAMILY = {family: name for name, families in _GPUS.items() for family in families}
 
 # Neuron devices (chips) of a machine. Source: AWS Neuron documentation, the architecture pages of Inf1, Inf2, Trn1 and
 # Trn2.
@@ -357,7 +334,7 @@ def node_labels(ami_type: str, instance_types: Sequence[str] = (), *, gpu_label:
     has = _image_accelerator(ami_type)
     labels = {"rayplane.io/accelerator": has} if has else {}
     if has == "nvidia" and gpu_label:
-        names = {_GPU_OF_FAMILY.get(one.partition(".")[0], has) for one in instance_types}
+        names = {LABEL_OF_FAMILY.get(one.partition(".")[0], has) for one in instance_types}
         # One label for all nodes of a group: where they differ it only says whose they are.
         labels[GPU_LABEL] = names.pop() if len(names) == 1 else has
     # Bottlerocket's NVIDIA images run the device plugin on the node themselves.

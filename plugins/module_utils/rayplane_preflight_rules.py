@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_gateway import gateway
+from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
 from ansible.module_utils.rayplane_preflight_placement import placement
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
@@ -32,6 +33,8 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     rayservice,
     worker_groups,
     models,
+    gpu_nodes,
+    gpu_memory,
     placement,
     gateway,
 )

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_values import (
     DNS_1035_LABEL,
@@ -27,7 +26,6 @@ from ansible.module_utils.rayplane_preflight_values import (
 
 __all__ = [
     "MODEL_KEYS",
-    "MODEL_LENGTHS",
     "RAY_VLLM",
     "REPLICA_KEYS",
     "RESOURCE_KEYS",
@@ -57,27 +55,6 @@ RAY_VLLM = {
     "2.52": "0.11",
     "2.51": "0.11",
     "2.50": "0.10",
-}
-
-#: Longest context of well-known models, in tokens (max_position_embeddings of their config.json).
-MODEL_LENGTHS = {
-    "huggingfacetb/smollm2-135m-instruct": 8192,
-    "huggingfacetb/smollm2-360m-instruct": 8192,
-    "huggingfacetb/smollm2-1.7b-instruct": 8192,
-    "meta-llama/meta-llama-3-8b": 8192,
-    "meta-llama/meta-llama-3-8b-instruct": 8192,
-    "meta-llama/meta-llama-3-70b-instruct": 8192,
-    "meta-llama/llama-3.1-8b-instruct": 131072,
-    "meta-llama/llama-3.1-70b-instruct": 131072,
-    "meta-llama/llama-3.2-1b-instruct": 131072,
-    "meta-llama/llama-3.2-3b-instruct": 131072,
-    "meta-llama/llama-3.3-70b-instruct": 131072,
-    "mistralai/mistral-7b-instruct-v0.3": 32768,
-    "qwen/qwen2.5-0.5b-instruct": 32768,
-    "qwen/qwen2.5-1.5b-instruct": 32768,
-    "qwen/qwen2.5-7b-instruct": 32768,
-    "qwen/qwen2-0.5b-instruct": 32768,
-    "microsoft/phi-3-mini-4k-instruct": 4096,
 }
 
 _LONGEST_RAYSERVICE_NAME = 47
@@ -169,6 +146,14 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(source, str):
         yield Problem(
             where, source, "a source is text", "name a hub id, a folder, or an address such as s3://bucket/path"
+        )
+        return
+    if "gguf" in source.rpartition("/")[2].lower():
+        yield Problem(
+            where,
+            source,
+            "its weights are GGUF files, and vLLM loads safetensors",
+            "name the repository that the GGUF files were made from, or one with AWQ or GPTQ weights",
         )
         return
     scheme, separator, rest = source.partition("://")
@@ -301,26 +286,14 @@ def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) ->
         )
     if "rope_scaling" in engine or "hf_overrides" in engine:
         return
-    known = _model_length(entry.get("source"))
-    if known and length > known:
+    shape = shape_of(entry.get("source"))
+    if shape and length > shape.length:
         yield Problem(
-            f"{where}.max_model_len", length, f"the model's own context is {known} tokens", f"write {known} or less"
+            f"{where}.max_model_len",
+            length,
+            f"the model's own context is {shape.length} tokens",
+            f"write {shape.length} or less",
         )
-
-
-def _model_length(source: Any) -> int | None:
-    """Longest context of a model, from the table or from a local folder's config.json."""
-    if not isinstance(source, str):
-        return None
-    known = MODEL_LENGTHS.get(source.removeprefix("hf://").lower())
-    if known or not source.startswith(("/", "~", "./", "../")):
-        return known
-    try:
-        config = json.loads((Path(source).expanduser() / "config.json").read_text(encoding="utf-8"))
-        length = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return length if whole(length) else None
 
 
 def _model_deployment(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:

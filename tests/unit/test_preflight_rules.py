@@ -54,8 +54,8 @@ GOOD: dict[str, Any] = {
     "rayservice_worker_groups": [],
     "rayservice_models": [
         {
-            "id": "llama-3-8b",
-            "source": "meta-llama/Llama-3.1-8B-Instruct",
+            "id": "qwen",
+            "source": "Qwen/Qwen2.5-0.5B-Instruct",
             "replicas": {"min": 1, "max": 5, "target_ongoing_requests": 10},
             "resources": {"cpu": 4, "memory": "16Gi", "gpu": 1, "accelerator": "nvidia-t4"},
             "engine": {"tensor_parallel_size": 1, "max_model_len": 16384, "gpu_memory_utilization": 0.85},
@@ -277,7 +277,7 @@ def test_gates_of_an_operator_that_may_know_them(changes: dict[str, Any]) -> Non
             "resources.gpu",
         ),
         (
-            model(source="meta-llama/Meta-Llama-3-8B", engine={"max_model_len": 16384}),
+            model(source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384}),
             "engine.max_model_len",
             "8192 tokens",
             "8192 or less",
@@ -333,12 +333,18 @@ def test_pipeline_stages_may_sit_on_several_nodes() -> None:
 
 
 def test_longer_context_is_allowed_where_the_positions_are_stretched() -> None:
-    entry = model(source="meta-llama/Meta-Llama-3-8B", engine={"max_model_len": 16384, "rope_scaling": {"factor": 2}})
+    entry = model(
+        source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384, "rope_scaling": {"factor": 2}}
+    )
     assert found(rayservice_models=[entry]) == {}
 
 
 def test_context_of_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}), encoding="utf-8")
+    shape = {
+        **{"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9},
+        **{"intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 2048},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     problems = found(rayservice_models=[model(source=str(tmp_path), engine={"max_model_len": 4096})])
     assert "2048 tokens" in problems["rayservice_models[0].engine.max_model_len"].reason
     (tmp_path / "config.json").write_text("{", encoding="utf-8")

@@ -134,6 +134,23 @@ def test_derived_groups() -> None:
     assert (t4["min"], t4["max"], t4["gpu"], t4["cpu"], t4["memory"]) == (1, 7, 2, 8, "16Gi")
 
 
+@pytest.mark.parametrize(
+    ("changes", "selector"),
+    [
+        ({}, {"k8s.amazonaws.com/accelerator": "nvidia-tesla-t4"}),
+        ({"gpu_node_label": "karpenter.k8s.aws/instance-gpu-name"}, {"karpenter.k8s.aws/instance-gpu-name": "t4"}),
+        ({"gpu_node_label": ""}, None),
+        ({"accelerators": {"nvidia-t4": {"node_selector": {"pool": "mine"}}}}, {"pool": "mine"}),
+        ({"worker_groups": [{"name": "own", "cpu": 1, "memory": "1Gi", "gpu": 1, "accelerator": "nvidia-t4"}]}, None),
+    ],
+)
+def test_a_derived_group_takes_the_nodes_of_its_gpu(changes: dict[str, Any], selector: object) -> None:
+    label = {"gpu_node_label": "k8s.amazonaws.com/accelerator"}
+    groups = rayservice([LLAMA], **{**label, **changes})["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert groups[-1]["template"]["spec"].get("nodeSelector") == selector
+    assert "nodeSelector" not in groups[0]["template"]["spec"] or len(groups) == 1
+
+
 def test_groups_are_appended_for_a_new_accelerator() -> None:
     """KubeRay keeps the running cluster only where new groups come last."""
     before = rayservice_worker_groups([LLAMA], settings())
