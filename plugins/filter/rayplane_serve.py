@@ -287,8 +287,6 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
         group = groups.setdefault(name, {"name": name, "min": 0, "max": 0, "cpu": 1, "memory": "1Gi", "gpu": 0})
         if accelerator:
             group["accelerator"] = accelerator
-            if selector := _gpu_nodes(str(accelerator), settings):
-                group["node_selector"] = selector
         if slice_name and gpu:
             group["gpu_resource"] = resource
         group["gpu"] = max(int(group.get("gpu", 0)), gpu)
@@ -303,14 +301,14 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
     return [group for group in groups.values() if group["max"]]
 
 
-def _gpu_nodes(accelerator: str, settings: Mapping[str, Any]) -> Json:
-    """The node selector of a derived group: by the label that nodes with its GPU bear, so that no other GPU serves it.
-
-    Empty where rayservice_accelerators selects nodes itself, or where neither label nor GPU is known.
-    """
+def _gpu_nodes(group: Mapping[str, Any], settings: Mapping[str, Any]) -> Json:
+    """Selects the nodes of a group's accelerator: as rayservice_accelerators says, or, for a derived group, by the
+    label that nodes with this GPU bear, so that no other GPU serves it."""
+    accelerator = str(group.get("accelerator") or "")
+    given = settings["accelerators"].get(accelerator, {}).get("node_selector")
     label = settings["gpu_node_label"]
-    if not label or settings["accelerators"].get(accelerator, {}).get("node_selector"):
-        return {}
+    if given or settings["worker_groups"] or not label:
+        return dict(given or {})
     value = label_value(accelerator, label)
     return {label: value} if value else {}
 
@@ -348,12 +346,7 @@ def _pod(group: Mapping[str, Any], settings: Mapping[str, Any], head: bool) -> J
     if not gpu:
         # A node's GPUs are not for pods that asked for none.
         env.append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"})
-    known = settings["accelerators"].get(group.get("accelerator"), {})
-    selector = (
-        dict(settings["node_selector"])
-        | dict(known.get("node_selector") or {})
-        | dict(group.get("node_selector") or {})
-    )
+    selector = dict(settings["node_selector"]) | _gpu_nodes(group, settings) | dict(group.get("node_selector") or {})
     tolerations = [*settings["tolerations"], *(group.get("tolerations") or [])]
     if gpu:
         tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, *tolerations]

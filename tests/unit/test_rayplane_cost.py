@@ -402,12 +402,12 @@ def test_inventory_and_command_line_win_over_the_roles_defaults(tmp_path: Path) 
     """The play knows the roles' defaults (which read each other), and both stronger sources override them."""
     result, report = run_cost(
         tmp_path,
-        *("-i", "inventories/prod", "-e", '{"eks_gpu_instance_types": ["g5.xlarge"], "network_nat_mode": "none"}'),
+        *("-i", "inventories/prod", "-e", '{"eks_gpu_instance_types": ["g4dn.2xlarge"], "network_nat_mode": "none"}'),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {entry["item"]: entry for entry in next(iter(report["clusters"].values()))["rows"]}
     # From the command line, through the default of eks_node_groups.
-    assert rows["node group gpu"]["detail"] == "g5.xlarge"
+    assert rows["node group gpu"]["detail"] == "g4dn.2xlarge"
     assert "NAT gateways" not in rows
     # From the inventory: its endpoints; from the role's defaults: 200 GiB.
     assert "interface endpoints" in rows
@@ -423,7 +423,10 @@ def test_a_limit_that_is_exceeded_fails_with_one_message(tmp_path: Path) -> None
 
 
 def test_a_missing_price_breaks_the_limit(tmp_path: Path) -> None:
-    arguments = ("-i", "inventories/dev", "-e", '{"eks_gpu_instance_types": ["p5e.48xlarge"]}')
+    group = {"name": "big", "instance_types": ["p5e.48xlarge"], "ami_type": "AL2023_x86_64_NVIDIA", "max_size": 1}
+    sizes = {"min_size": 0, "desired_size": 1, "disk_size": 100}
+    extra = json.dumps({"eks_extra_node_groups": [{**group, **sizes}]})
+    arguments = ("-i", "inventories/dev", "-e", extra)
     result, report = run_cost(tmp_path, *arguments)
     assert result.returncode == 0
     assert report["total"]["incomplete"] == ["ray-llm-cluster-dev"]
