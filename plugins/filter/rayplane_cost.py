@@ -16,9 +16,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from pathlib import Path
 from typing import Any
 
+import ansible.module_utils
 from ansible.errors import AnsibleFilterError
+
+# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
+_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
+if _SHARED_CODE not in ansible.module_utils.__path__:
+    ansible.module_utils.__path__.append(_SHARED_CODE)
+
+from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 
 __all__ = ["FilterModule", "cost_json", "cost_report", "cost_table", "cost_total", "cost_total_table"]
 
@@ -295,24 +304,22 @@ def _release(cluster: Mapping[str, Any], prices: _Prices) -> Json:
     release: Json = {"strategy": strategy, "surge_percent": percent, "overlap_minutes": minutes}
     release |= {"nodes": [], "notes": []}
     hourly: list[Decimal] | None = [Decimal(0), Decimal(0)]
-    for gpu in (True, False):
-        if percent == 0 or (gpu and not any(int(group.get("gpu", 0)) for group in ray["groups"])):
-            continue
-        home = _home(cluster, prices, ray, gpu)
+    for part, accelerator, gpu in _parts(ray) if percent else ():
+        home = _home(cluster, prices, part, gpu, accelerator)
         if home is None:
-            what = "GPU" if gpu else "CPU"
+            what = f"GPU ({accelerator})" if accelerator else "GPU" if gpu else "CPU"
             release["notes"].append(f"no node group holds Ray's {what} pods, so their part of a release is not counted")
             hourly = None
             continue
         group, kind, market, room = home
-        extra = [_nodes(ray, kind, prices, bound, gpu, percent=percent) or 0 for bound in ("min", "max")]
+        extra = [_nodes(part, kind, prices, bound, gpu, percent=percent) or 0 for bound in ("min", "max")]
         # Where there is none, the group's own row says so.
         price = prices.instance(kind, market, group, needed=False)
         release["nodes"].append(
             {"group": group, "type": kind, "min": extra[0], "max": extra[1], "price": price, "market": market}
         )
         for bound, more in zip(("min", "max"), extra, strict=True):
-            held = _nodes(ray, kind, prices, bound, gpu) or 0
+            held = _nodes(part, kind, prices, bound, gpu) or 0
             if room is not None and held + more > room:
                 size = {"min": "smallest", "max": "largest"}[bound]
                 release["notes"].append(
@@ -329,16 +336,27 @@ def _release(cluster: Mapping[str, Any], prices: _Prices) -> Json:
     return release
 
 
+def _parts(ray: Mapping[str, Any]) -> list[tuple[Json, str, bool]]:
+    """Ray's pods by the nodes that they need: those of each accelerator (empty: any GPU), and those without GPUs."""
+    groups = [(str(group.get("accelerator") or ""), group) for group in ray["groups"] if int(group.get("gpu", 0))]
+    kinds = dict.fromkeys(name for name, _ in groups)
+    parts = [({**ray, "groups": [group for name, group in groups if name == kind]}, kind, True) for kind in kinds]
+    return [*parts, (dict(ray), "", False)]
+
+
 def _home(
-    cluster: Mapping[str, Any], prices: _Prices, ray: Mapping[str, Any], gpu: bool
+    cluster: Mapping[str, Any], prices: _Prices, ray: Mapping[str, Any], gpu: bool, accelerator: str
 ) -> tuple[str, str, str, int | None] | None:
     """Where Ray's pods with or without GPUs go: name of the group, its first type, its market, its largest size.
 
-    The first node group that they fit on; with Karpenter else the cheapest type of a node pool.
+    The first node group that they fit on, with their accelerator; with Karpenter else the cheapest type of a node pool.
     """
+    named = gpus_named(accelerator) if accelerator else ()
 
     def fits(kind: str) -> bool:
         neuron = kind.startswith(("inf", "trn"))
+        if named and gpu_of_instance(kind) not in named:
+            return False
         return bool(prices.gpus.get(kind)) == gpu and not neuron and _nodes(ray, kind, prices, "max", gpu) is not None
 
     for group in cluster["node_groups"]:

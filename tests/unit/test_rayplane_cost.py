@@ -316,6 +316,14 @@ def test_several_gpus_of_a_pod_share_a_node() -> None:
     assert release["nodes"][0]["max"] == 2
 
 
+def test_each_kind_of_gpu_is_on_its_own_nodes() -> None:
+    kinds = [{"name": kind, "accelerator": kind, "cpu": 2, "gpu": 1} for kind in ("nvidia-t4", "nvidia-a10g")]
+    ray = {"head_cpu": 1, "groups": [{**group, "min": 1, "max": 3} for group in kinds]}
+    groups = [("gpu", "g4dn.xlarge"), ("big", "g5.12xlarge"), ("cpu", "m5.xlarge")]
+    report = price(ray=ray, node_groups=[group(name, [kind], (1, 2, 8), 200) for name, kind in groups])
+    assert [(node["group"], node["max"]) for node in report["release"]["nodes"]] == [("gpu", 3), ("big", 1), ("cpu", 1)]
+
+
 def test_a_release_that_has_no_room_is_told() -> None:
     assert any("max_size is 4" in text for text in price()["notes"])
     roomy = [group("cpu", ["m5.2xlarge"], (2, 2, 3), 100), group("gpu", ["g4dn.xlarge"], (1, 2, 8), 200)]
