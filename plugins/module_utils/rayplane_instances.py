@@ -24,11 +24,6 @@ _EXCEPTIONS |= {f"{family}.{size}": (vcpus, memory)
                 for family in ("t3", "t3a", "t4g")
                 for size, vcpus, memory in (("large", 2, 8.0), ("xlarge", 4, 16.0), ("2xlarge", 8, 32.0))}  # fmt: skip
 _EXCEPTIONS |= {"inf2.24xlarge": (96, 384.0), "p5.4xlarge": (16, 256.0)}
-#: Ray's name of the GPU of a family.
-_GPUS = {
-    "g4dn": "T4", "g5": "A10G", "g5g": "T4G", "g6": "L4", "gr6": "L4", "g6e": "L40S", "p2": "K80", "p3": "V100",
-    "p3dn": "V100", "p4d": "A100", "p4de": "A100-80G", "p5": "H100", "p5e": "H200", "p5en": "H200", "p6-b200": "B200",
-}  # fmt: skip
 #: Kernel and firmware keep a share of the memory that the kubelet never sees: 4 % of an m5.2xlarge.
 _UNSEEN = 0.04
 _PODS = 58
@@ -40,11 +35,10 @@ _DAEMONS_MEMORY = 160 * _MIB
 
 
 class Machine(NamedTuple):
-    """An EC2 instance type: ``memory`` in bytes, ``gpu`` by Ray's name, empty for none that we know."""
+    """An EC2 instance type: ``memory`` in bytes."""
 
     vcpus: int
     memory: float
-    gpu: str
 
 
 class Room(NamedTuple):
@@ -57,10 +51,9 @@ class Room(NamedTuple):
 def machine(instance_type: str) -> Machine | None:
     """The machine of an instance type such as ``g4dn.xlarge``; None for one that we do not know."""
     family, _, size = instance_type.partition(".")
-    gpu = _GPUS.get(family, "")
     if instance_type in _EXCEPTIONS:
         vcpus, memory = _EXCEPTIONS[instance_type]
-        return Machine(vcpus, memory * _GIB, gpu)
+        return Machine(vcpus, memory * _GIB)
     ratio = _RATIOS.get(family)
     if ratio is None and (letter := re.fullmatch(r"([cmrg])\d+[a-z-]*", family)):
         ratio = _LETTERS[letter[1]]
@@ -68,7 +61,7 @@ def machine(instance_type: str) -> Machine | None:
     count = 4 * int(multiple[1]) if multiple else _SIZES.get(size)
     if ratio is None or count is None:
         return None
-    return Machine(count, count * ratio * _GIB, gpu)
+    return Machine(count, count * ratio * _GIB)
 
 
 def room(found: Machine) -> Room:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible.module_utils.kube_room import quantity, tolerates
+from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 from ansible.module_utils.rayplane_instances import Machine, machine, room
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_nodes import filters
@@ -72,7 +73,8 @@ def placement(values: Values) -> Iterator[Problem]:
     for pod in pods:
         fit = [entry for entry in nodes if _may_take(entry, pod)]
         if not fit:
-            if whole_list and nodes:
+            # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes).
+            if whole_list and nodes and not gpus_named(pod.accelerator):
                 yield _no_nodes(nodes, pod)
             continue
         if whole_list:
@@ -187,7 +189,7 @@ def _pods(values: Values) -> Iterator[_Pod]:
             quantity(group["memory"]),
             # A GPU has several slices: only that there is one can be told from here.
             gpus if group.get("gpu_resource", WHOLE) == WHOLE else min(gpus, 1),
-            serve.ray_accelerator(accelerator, settings["accelerators"]) if accelerator else "",
+            accelerator,
             {
                 **settings.get("node_selector", {}),
                 **(known.get("node_selector") or {}),
@@ -235,21 +237,19 @@ def _may_take(entry: _Nodes, pod: _Pod) -> bool:
 
 
 def _same_gpu(wanted: str, entry: _Nodes) -> bool:
-    """Whether a group has the GPU of Ray's name ``wanted``; an A100 may be of either size, nothing means any."""
-    return not wanted or entry.machine.gpu == wanted or (wanted == "A100" and entry.machine.gpu.startswith("A100-"))
+    """Whether a group has the GPU of this name; no name, or one that is not known here, means any."""
+    named = gpus_named(wanted)
+    return not named or gpu_of_instance(entry.kind) in named
 
 
 def _no_nodes(nodes: list[_Nodes], pod: _Pod) -> Problem:
-    key = "accelerator" if pod.accelerator else "gpu" if pod.gpus else "cpu"
-    variable, value = pod.variables.get(key) or next(iter(pod.variables.values()))
-    have = ", ".join(
-        f"{entry.name} ({entry.kind}{f', {entry.gpus} {entry.machine.gpu}' if entry.gpus else ''})" for entry in nodes
-    )
-    wanted = f"{pod.gpus} {pod.accelerator or 'GPU'}" if pod.gpus else "its labels and no taint that it lacks"
+    variable, value = pod.variables.get("gpu" if pod.gpus else "cpu") or next(iter(pod.variables.values()))
+    have = ", ".join(f"{entry.name} ({entry.kind}{f', {entry.gpus} GPUs' if entry.gpus else ''})" for entry in nodes)
+    lacks = f"{pod.gpus} GPUs for one pod" if pod.gpus else "the labels that it selects and no taint that it lacks"
     return Problem(
         variable,
         value,
-        f"no node group has a node for {pod.what}, which wants {wanted}; there are {have}",
+        f"no node group takes {pod.what}: none has {lacks}; there are {have}",
         "add a node group with such machines to eks_extra_node_groups, or ask for what one of these has",
     )
 
@@ -281,7 +281,6 @@ def _upgrade(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
     """Room for a second cluster beside the first, and for all replicas that the bounds allow."""
     if values.get("rayservice_worker_groups"):
         return
-    serve, table = filters("rayplane_serve"), values.get("rayservice_accelerators") or {}
     strategy = values.get("rayservice_upgrade_strategy")
     kinds: dict[str, list[tuple[str, int, int, Mapping[str, Any]]]] = {}
     for path, entry in entries_of(values, "rayservice_models"):
@@ -291,9 +290,9 @@ def _upgrade(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
         if resources.get("gpu_resource", WHOLE) != WHOLE:
             return
         if whole(gpus) and gpus and whole(low) and whole(high):
-            accelerator = resources.get("accelerator")
-            kind = serve.ray_accelerator(accelerator, table) if accelerator else ""
-            kinds.setdefault(kind, []).append((path, low * gpus, high * gpus, replicas))
+            kinds.setdefault(str(resources.get("accelerator") or ""), []).append(
+                (path, low * gpus, high * gpus, replicas)
+            )
     for kind, models in kinds.items():
         homes = [entry for entry in nodes if entry.gpus and _same_gpu(kind, entry)]
         if not homes or any(entry.most is None for entry in homes):
