@@ -286,6 +286,9 @@ def check_cluster(path: str, context: str) -> Iterator[Problem]:
         forget_temporary()
 
 
+_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".tflite")
+
+
 def check_model_folders(models: Any) -> Iterator[Problem]:
     """A model that comes from a folder: the folder is there and holds a model."""
     for index, entry in enumerate(models if isinstance(models, list | tuple) else ()):
@@ -308,6 +311,19 @@ def check_model_folders(models: Any) -> Iterator[Problem]:
                 "the folder holds no config.json, so no model vLLM can read",
                 "name the folder with the model's config.json, tokenizer and weights",
             )
+        elif not any(folder.glob("*.safetensors")) and not _other_format(entry):
+            kinds = sorted({f"*{file.suffix}" for file in folder.iterdir() if file.suffix in _WEIGHTS})
+            yield Problem(
+                where,
+                source,
+                f"the folder holds no weights in safetensors (it has {', '.join(kinds) or 'no weights'})",
+                "save the model in safetensors, with save_pretrained of the transformers library for example",
+            )
+
+
+def _other_format(entry: Mapping[str, Any]) -> bool:
+    engine = entry.get("engine")
+    return isinstance(engine, Mapping) and engine.get("load_format") in ("dummy", "npcache", "pt", "tensorizer")
 
 
 def _sentence(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight_engine import engines
 from ansible.module_utils.rayplane_preflight_gateway import gateway
 from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
@@ -33,6 +34,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     rayservice,
     worker_groups,
     models,
+    engines,
     gpu_nodes,
     gpu_memory,
     placement,

@@ -26,7 +26,6 @@ from ansible.module_utils.rayplane_preflight_values import (
 
 __all__ = [
     "MODEL_KEYS",
-    "RAY_VLLM",
     "REPLICA_KEYS",
     "RESOURCE_KEYS",
     "models",
@@ -42,20 +41,6 @@ _GATES_OF_1_7 = frozenset(
         "RayClusterNetworkPolicy", "SidecarSubmitterRestart",
     }
 )  # fmt: skip
-
-#: vLLM release that each Ray release is built and tested with (Ray's own "llm" extra and its LLM troubleshooting page).
-RAY_VLLM = {
-    "2.60": "0.29",
-    "2.58": "0.26",
-    "2.57": "0.25",
-    "2.56": "0.22",
-    "2.55": "0.18",
-    "2.54": "0.15",
-    "2.53": "0.12",
-    "2.52": "0.11",
-    "2.51": "0.11",
-    "2.50": "0.10",
-}
 
 _LONGEST_RAYSERVICE_NAME = 47
 #: Parameters of `ray start` that declare resources, and the group's own keys for them.
@@ -148,14 +133,6 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             where, source, "a source is text", "name a hub id, a folder, or an address such as s3://bucket/path"
         )
         return
-    if "gguf" in source.rpartition("/")[2].lower():
-        yield Problem(
-            where,
-            source,
-            "its weights are GGUF files, and vLLM loads safetensors",
-            "name the repository that the GGUF files were made from, or one with AWQ or GPTQ weights",
-        )
-        return
     scheme, separator, rest = source.partition("://")
     if separator:
         if scheme not in _MODEL_SCHEMES:
@@ -168,7 +145,7 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             )
         elif scheme == "s3" and (found := bucket_name_problem(rest.partition("/")[0])):
             yield Problem(where, source, f"its bucket: {found[0]}", found[1])
-    elif not source.startswith(("/", "./", "../", "~")) and not HUB_ID.fullmatch(source):
+    elif not source.startswith(("/", "./", "../", "~")) and ":" not in source and not HUB_ID.fullmatch(source):
         yield Problem(
             where,
             source,
@@ -226,11 +203,11 @@ def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         "max_num_seqs",
         "block_size",
     ):
-        value = engine.get(name)
-        if value is not None and (not whole(value) or value < 1):
+        value: Any = engine.get(name)
+        if whole(value) and value < 1 and (name, value) != ("max_model_len", -1):
             yield Problem(f"{where}.{name}", value, "it is a whole number from 1 on", "write 1 or more")
     share = engine.get("gpu_memory_utilization")
-    if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1):
+    if isinstance(share, int | float) and not isinstance(share, bool) and not 0 < share <= 1:
         yield Problem(
             f"{where}.gpu_memory_utilization",
             share,
@@ -284,7 +261,7 @@ def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) ->
             f"without chunked prefill a whole prompt must fit in one batch, and max_model_len is {length}",
             f"write {length} or more, or set enable_chunked_prefill to true",
         )
-    if "rope_scaling" in engine or "hf_overrides" in engine:
+    if "hf_overrides" in engine:
         return
     shape = shape_of(entry.get("source"))
     if shape and length > shape.length:
@@ -356,7 +333,6 @@ def rayservice(values: Values) -> Iterator[Problem]:
             yield Problem(
                 "rayservice_name", name, reason, f"write {name[:_LONGEST_RAYSERVICE_NAME].rstrip('-')}, for example"
             )
-    yield from _versions(values.get("rayservice_ray_version"), values.get("rayservice_vllm_version"))
     yield from _image(values.get("rayservice_image"), values.get("rayservice_ray_version"))
     ray, mode = values.get("rayservice_ray_version"), values.get("rayservice_auth_mode")
     series = re.match(r"(\d+)\.(\d+)", ray) if isinstance(ray, str) else None
@@ -474,25 +450,3 @@ def secrets(values: Values) -> Iterator[Problem]:
                 "set HUGGING_FACE_HUB_TOKEN in the environment, if one of them is gated",
                 warning=True,
             )
-
-
-def _versions(ray: Any, vllm: Any) -> Iterator[Problem]:
-    if not isinstance(ray, str) or not isinstance(vllm, str) or not ray or not vllm:
-        return
-    series = ".".join(ray.split(".")[:2])
-    wanted = RAY_VLLM.get(series)
-    if wanted is None:
-        yield Problem(
-            "rayservice_ray_version",
-            ray,
-            "the vLLM release that goes with this Ray release is not known here",
-            f"known Ray releases: {', '.join(RAY_VLLM)}",
-            warning=True,
-        )
-    elif ".".join(vllm.split(".")[:2]) != wanted:
-        yield Problem(
-            "rayservice_vllm_version",
-            vllm,
-            f"Ray {series} is built against vLLM {wanted}",
-            f"write the {wanted} release of vLLM, or choose another Ray",
-        )

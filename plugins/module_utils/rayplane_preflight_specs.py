@@ -9,7 +9,15 @@ from typing import Any
 
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 
-__all__ = ["REMOVED_VARIABLES", "check_options", "check_unknown", "misspelt_likeness"]
+__all__ = [
+    "KINDS",
+    "REMOVED_VARIABLES",
+    "check_options",
+    "check_unknown",
+    "from_text",
+    "misspelt_likeness",
+    "name_of",
+]
 
 #: Variables of earlier releases: old name to (new name or "", release that dropped it).
 REMOVED_VARIABLES: dict[str, tuple[str, str]] = {}
@@ -26,7 +34,8 @@ _MAGIC = frozenset(
     }
 )
 
-_KINDS: dict[str, tuple[str, str]] = {
+#: Kinds of values: what a person calls them, and an example.
+KINDS: dict[str, tuple[str, str]] = {
     "bool": ("true or false", "true"),
     "int": ("a whole number", "3"),
     "float": ("a number", "0.5"),
@@ -153,10 +162,10 @@ def _type_problem(path: str, value: Any, kind: str) -> Problem | None:
     }
     if fits.get(kind, True):
         return None
-    wanted, example = _KINDS[kind]
+    wanted, example = KINDS[kind]
     root = path.split(".", maxsplit=1)[0].split("[", maxsplit=1)[0]
     if isinstance(value, str) and kind in ("bool", "int", "float", "list", "dict"):
-        example = _from_text(value, kind) or example
+        example = from_text(value, kind) or example
         cure = f"write {example} without quotes"
         if root == path:
             # Ansible splits name=value at spaces; JSON has room for any value.
@@ -166,13 +175,13 @@ def _type_problem(path: str, value: Any, kind: str) -> Problem | None:
         return Problem(
             path,
             value,
-            f"YAML reads it as {_name(value)}, and it must be text",
+            f"YAML reads it as {name_of(value)}, and it must be text",
             f'put it in quotes, as you mean it: {path}: "..."',
         )
-    return Problem(path, value, f"it is {_name(value)} and must be {wanted}", f"write {example}, for example")
+    return Problem(path, value, f"it is {name_of(value)} and must be {wanted}", f"write {example}, for example")
 
 
-def _from_text(text: str, kind: str) -> str:
+def from_text(text: str, kind: str) -> str:
     """What the text was meant to be, where that is plain."""
     word = text.strip()
     if kind == "bool" and word.lower() in ("true", "yes", "on", "1", "y", "t"):
@@ -185,7 +194,8 @@ def _from_text(text: str, kind: str) -> str:
         return ""
 
 
-def _name(value: Any) -> str:
+def name_of(value: Any) -> str:
+    """What YAML read, as a person calls it."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, str):

@@ -45,7 +45,6 @@ GOOD: dict[str, Any] = {
     "kuberay_feature_gates": {"RayClusterStatusConditions": True},
     "rayservice_name": "rayplane",
     "rayservice_ray_version": "2.60.0",
-    "rayservice_vllm_version": "0.29.0",
     "rayservice_image": "rayproject/ray-llm:2.60.0-py312-cu130",
     "rayservice_autoscaling": True,
     "rayservice_upgrade_strategy": "NewCluster",
@@ -186,7 +185,6 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
         ({"rayservice_name": "Ray"}, "rayservice_name", "starts with a letter", "write ray"),
         ({"rayservice_name": "9ray"}, "rayservice_name", "starts with a letter", "write r9ray"),
         ({"rayservice_name": "a" * 48}, "rayservice_name", "at most 47 characters, this name has 48", "a" * 47),
-        ({"rayservice_vllm_version": "0.11.0"}, "rayservice_vllm_version", "built against vLLM 0.29", "0.29"),
         ({"rayservice_image": "rayproject/ray-llm:2.56.0-py312"}, "rayservice_ray_version", "Ray 2.56.0", "write 2.56"),
         (
             {"rayservice_upgrade_strategy": "NewClusterWithIncrementalUpgrade", "rayservice_autoscaling": False},
@@ -205,7 +203,6 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
                 "rayservice_auth_mode": "token",
                 "rayservice_ray_version": "2.51.0",
                 "rayservice_image": "x/y",
-                "rayservice_vllm_version": "0.11.0",
             },
             "rayservice_auth_mode",
             "from 2.52 on, rayservice_ray_version is 2.51.0",
@@ -334,7 +331,7 @@ def test_pipeline_stages_may_sit_on_several_nodes() -> None:
 
 def test_longer_context_is_allowed_where_the_positions_are_stretched() -> None:
     entry = model(
-        source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384, "rope_scaling": {"factor": 2}}
+        source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384, "hf_overrides": {"rope_parameters": {}}}
     )
     assert found(rayservice_models=[entry]) == {}
 

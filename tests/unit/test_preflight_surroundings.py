@@ -314,12 +314,16 @@ def test_a_kubeconfig_the_client_cannot_use(tmp_path: Path) -> None:
 def test_model_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "config.json").write_text("{}", encoding="utf-8")
-    names = ("absent", "empty", "full")
+    for name, weights in (("full", "model.safetensors"), ("old", "pytorch_model.bin")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+        (tmp_path / name / weights).touch()
+    names = ("absent", "empty", "full", "old")
     models = [*({"source": str(tmp_path / name)} for name in names), {"source": "organisation/model"}, "odd"]
     found = list(live.check_model_folders(models))
     assert [(problem.variable, problem.reason.split(",")[0]) for problem in found] == [
         ("rayservice_models[0].source", "there is no such folder on the machine that runs Ansible"),
         ("rayservice_models[1].source", "the folder holds no config.json"),
+        ("rayservice_models[3].source", "the folder holds no weights in safetensors (it has *.bin)"),
     ]
     assert list(live.check_model_folders(None)) == []
