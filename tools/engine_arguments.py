@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -31,6 +32,7 @@ from ray.llm._internal.serve.core.configs.llm_config import LoraConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.deployment import Deployment, DeploymentConfig
 from ray.serve.schema import RayActorOptionsSchema
+from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -134,6 +136,23 @@ def capability(method: str) -> int:
     return int(get_quantization_config(method).get_min_capability())
 
 
+def environment() -> dict[str, list[str]]:
+    """vLLM's environment variables, and those of them that take a number: they fail on ``true``."""
+    names = sorted(name for name in envs.environment_variables if name.startswith("VLLM_"))
+    numbers = []
+    for name in names:
+        before = os.environ.get(name)
+        os.environ[name] = "true"
+        try:
+            envs.environment_variables[name]()
+        except ValueError as error:
+            if "invalid literal for int" in str(error) or "could not convert" in str(error):
+                numbers.append(name)
+        finally:
+            os.environ.pop(name) if before is None else os.environ.update({name: before})
+    return {"environment": names, "environment_numbers": numbers}
+
+
 def schema() -> Mapping[str, Any]:
     """Everything, in the order of the file."""
     engine = keys(FrontendArgs) | keys(AsyncEngineArgs)
@@ -151,6 +170,7 @@ def schema() -> Mapping[str, Any]:
     return {
         "ray": ray.__version__,
         "vllm": vllm.__version__.partition("+")[0],
+        **environment(),
         "no_float16": sorted(_FLOAT16_NOT_SUPPORTED_MODELS),
         "quantization_capability": {method: capability(method) for method in sorted(QUANTIZATION_METHODS)},
         "deployment": dict(sorted(deployment().items())),

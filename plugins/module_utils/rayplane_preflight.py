@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["ABSENT", "Problem", "nearest", "render", "show", "split_path", "step"]
+__all__ = ["ABSENT", "Problem", "is_secret", "nearest", "render", "show", "split_path", "step"]
 
 #: Columns of the report's text; a line of a terminal log, also inside a CI viewer's margins.
 WIDTH = 118

@@ -14,6 +14,7 @@ from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscal
 from ansible.module_utils.rayplane_preflight_placement import placement
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
 from ansible.module_utils.rayplane_preflight_serving import models, operator, rayservice, secrets, worker_groups
+from ansible.module_utils.rayplane_preflight_text import texts
 from ansible.module_utils.rayplane_preflight_values import Values
 
 __all__ = ["RULES", "check_declared", "required_tools"]
@@ -38,6 +39,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     gpu_nodes,
     gpu_memory,
     placement,
+    texts,
     gateway,
 )
 
