@@ -216,6 +216,7 @@ def _deployment(settings: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
             "runAsGroup": 65534,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
+        "enableServiceLinks": False,
         "nodeSelector": dict(settings["node_selector"]),
         "tolerations": list(settings["tolerations"]),
         "containers": [container],

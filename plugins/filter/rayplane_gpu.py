@@ -292,6 +292,7 @@ def _device_plugin(given: Mapping[str, Any], annotations: Json) -> Json:
         "resources": given["resources"],
     }
     pod = {
+        "enableServiceLinks": False,
         **_runtime_class(given),
         "tolerations": given["tolerations"],
         "affinity": _plugin_affinity(given),
@@ -325,6 +326,7 @@ def _feature_discovery(given: Mapping[str, Any], annotations: Json) -> list[Json
         "resources": given["resources"],
     }
     pod = {
+        "enableServiceLinks": False,
         **_runtime_class(given),
         "serviceAccountName": name,
         "automountServiceAccountToken": True,
@@ -393,6 +395,7 @@ def _dcgm_exporter(given: Mapping[str, Any]) -> list[Json]:
     if arguments:
         container["args"] = arguments
     pod = {
+        "enableServiceLinks": False,
         **_runtime_class(given),
         "tolerations": given["tolerations"],
         "affinity": _gpu_affinity(given),
@@ -443,6 +446,7 @@ def _neuron(given: Mapping[str, Any]) -> list[Json]:
         "resources": given["resources"],
     }
     pod = {
+        "enableServiceLinks": False,
         "serviceAccountName": name,
         "automountServiceAccountToken": True,
         "tolerations": given["neuron_tolerations"],

@@ -382,7 +382,8 @@ def _pod(group: Mapping[str, Any], settings: Mapping[str, Any], head: bool) -> J
             "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
             "karpenter.sh/do-not-disrupt": "true",
         }
-    spec: Json = {"containers": [container]}
+    # A Service named vllm would set VLLM_PORT in every pod of its namespace, to an address that vLLM fails on.
+    spec: Json = {"containers": [container], "enableServiceLinks": False}
     if settings["volumes"]:
         spec["volumes"] = list(settings["volumes"])
     if settings["service_account"]:

@@ -110,6 +110,7 @@ def test_every_daemon_set_is_critical_and_tolerates_the_gpu_taint(name: str) -> 
     assert pod["priorityClassName"] == "system-node-critical"
     assert {"key": "nvidia.com/gpu", "operator": "Exists"} in pod["tolerations"]
     assert pod["imagePullSecrets"] == [{"name": "pull"}]
+    assert pod["enableServiceLinks"] is False
     assert pod["runtimeClassName"] == "nvidia"
     assert item["spec"]["selector"]["matchLabels"].items() <= item["spec"]["template"]["metadata"]["labels"].items()
     mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}

@@ -188,6 +188,7 @@ def test_pods() -> None:
     assert gpu["tolerations"][0] == {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "serve", "containerPort": 8000} in head["template"]["spec"]["containers"][0]["ports"]
+    assert head["template"]["spec"]["enableServiceLinks"] is gpu["enableServiceLinks"] is False
     names = [entry["name"] for entry in gpu["containers"][0]["env"]]
     assert "HF_TOKEN" in names
     assert "NVIDIA_VISIBLE_DEVICES" not in names
