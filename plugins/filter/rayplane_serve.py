@@ -42,19 +42,10 @@ IMPORT_PATH = "ray.serve.llm:build_openai_app"
 SERVE_PORT = 8000
 # What a pod asks of Kubernetes for a GPU, unless it wants a slice of one or a shared one.
 GPU_RESOURCE = "nvidia.com/gpu"
-# A RayService's name becomes a prefix of its clusters' and pods' names; the operator refuses a longer one.
-MAX_NAME = 47
-_DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _REMOTE = re.compile(r"(s3|gs|abfss?|azure)://")
 _QUANTITY = re.compile(r"([0-9.]+)(m|k|Ki|[MGTP]i?|)\Z")
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _UNITS |= {f"{unit}i": 1024.0 ** (power + 1) for power, unit in enumerate("KMGTP")}
-_MODEL_KEYS = {
-    "access", "canary", "checksum", "deployment", "engine", "env", "id", "license", "lora", "placement", "replicas",
-    "resources", "revision", "route_prefix", "source", "verify",
-}  # fmt: skip
-_REPLICA_KEYS = {"min", "max", "initial", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"}
-_RESOURCE_KEYS = {"cpu", "memory", "gpu", "gpu_resource", "accelerator"}
 
 
 def quantity(value: Any) -> float:
@@ -82,97 +73,6 @@ def rayservice_routes(models: Sequence[Json], gateway: bool = False) -> dict[str
         return {model["id"]: "/" for model in models}
     alone = len(models) == 1
     return {model["id"]: model.get("route_prefix") or ("/" if alone else f"/{model['id']}") for model in models}
-
-
-def rayservice_problems(models: Sequence[Json]) -> list[str]:
-    """Everything that is wrong with the model list, each with variable, value, reason and cure; empty where nothing
-    is."""
-    problems: list[str] = []
-    if not isinstance(models, Sequence) or isinstance(models, str):
-        return [f"rayservice_models is {models!r}: it has to be a list of models"]
-    seen: dict[str, int] = {}
-    for index, model in enumerate(models):
-        at = f"rayservice_models[{index}]"
-        if not isinstance(model, Mapping):
-            problems.append(f"{at} is {model!r}: a model is a mapping with at least id and source")
-            continue
-        at += f" ({model['id']})" if model.get("id") else ""
-        problems += [f"{at}.{problem}" for problem in _model_problems(model)]
-        if model.get("id") in seen:
-            problems.append(
-                f"{at}.id: the same id as rayservice_models[{seen[model['id']]}]; ids are unique, rename one of them"
-            )
-        elif model.get("id"):
-            seen[str(model["id"])] = index
-    if not problems:
-        prefixes: dict[str, str] = {}
-        for name, prefix in rayservice_routes(models).items():
-            if prefix in prefixes:
-                problems.append(
-                    f"rayservice_models ({name}).route_prefix: {prefix} is taken by {prefixes[prefix]}; choose another"
-                )
-            prefixes[prefix] = name
-    return problems
-
-
-def _model_problems(model: Mapping[str, Any]) -> list[str]:
-    problems = []
-    identifier = model.get("id")
-    if not isinstance(identifier, str) or not _DNS_LABEL.fullmatch(identifier):
-        problems.append(
-            f"id is {identifier!r}: it names Kubernetes and Serve objects, so it has to be a DNS label "
-            "(lower case letters, digits and hyphens, at most 63, first a letter)"
-        )
-    if not model.get("source"):
-        problems.append("source is missing: give a hub id (org/name), a folder, or an s3:// address")
-    known_keys = ", ".join(sorted(_MODEL_KEYS))
-    problems += [f"{key} is no key of a model; known are {known_keys}" for key in sorted(set(model) - _MODEL_KEYS)]
-    for name, known in (("replicas", _REPLICA_KEYS), ("resources", _RESOURCE_KEYS)):
-        given = model.get(name) or {}
-        if not isinstance(given, Mapping):
-            problems.append(f"{name} is {given!r}: it has to be a mapping with {', '.join(sorted(known))}")
-            return problems
-        unknown = sorted(set(given) - known)
-        problems += [f"{name}.{key} is not known; known are {', '.join(sorted(known))}" for key in unknown]
-    replicas, resources = model.get("replicas") or {}, model.get("resources") or {}
-    low, high = replicas.get("min", 1), replicas.get("max", replicas.get("min", 1))
-    if not isinstance(low, int) or not isinstance(high, int) or low < 0 or high < 1:
-        problems.append(f"replicas is min {low!r}, max {high!r}: whole numbers with min >= 0 and max >= 1 are needed")
-    elif low > high:
-        problems.append(f"replicas.min is {low} and replicas.max {high}: raise max or lower min")
-    for key in ("cpu", "memory"):
-        if key in resources:
-            try:
-                quantity(resources[key])
-            except AnsibleFilterError as error:
-                problems.append(f"resources.{key}: {error}")
-    gpu = resources.get("gpu", 0)
-    if not isinstance(gpu, int) or gpu < 0:
-        problems.append(f"resources.gpu is {gpu!r}: a whole number of GPUs is needed")
-        return problems
-    engine = model.get("engine") or {}
-    tensor, pipeline = _parallelism(engine)
-    if gpu and tensor > gpu:
-        problems.append(
-            f"engine.tensor_parallel_size is {tensor} and resources.gpu {gpu}: "
-            f"each shard needs a GPU of the same node; set resources.gpu to {tensor} or lower the parallelism"
-        )
-    if not gpu and resources.get("accelerator"):
-        problems.append(
-            f"resources.accelerator is {resources['accelerator']} and resources.gpu 0: "
-            "set gpu, or leave accelerator out"
-        )
-    if not gpu and pipeline > 1:
-        problems.append(f"engine.pipeline_parallel_size is {pipeline} without a GPU: pipeline parallelism needs GPUs")
-    deployment = model.get("deployment") or {}
-    problems += [
-        f"deployment.{key}: Serve LLM refuses it there; use the model's key placement"
-        for key in sorted(deployment)
-        if key.startswith("placement_group")
-    ]
-    if "num_replicas" in deployment and "replicas" in model:
-        problems.append("deployment.num_replicas stands beside replicas: keep replicas only")
-    return problems
 
 
 def _app(model: Json, route_prefix: str, location: str, settings: Mapping[str, Any]) -> Json:
@@ -425,10 +325,6 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
     ``settings`` are the role's variables without their prefix (``vars/main.yml`` lists them).
     """
     name = settings["name"]
-    if not _DNS_LABEL.fullmatch(name) or len(name) > MAX_NAME:
-        raise AnsibleFilterError(
-            f"rayservice_name is {name!r}: the operator takes a DNS label of at most {MAX_NAME} characters"
-        )
     head = settings["head"]
     head_spec: Json = {
         "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - the operator and probes ask it from other pods
@@ -565,7 +461,6 @@ class FilterModule:
         return {
             "rayservice_alignment": rayservice_alignment,
             "rayservice_objects": rayservice_objects,
-            "rayservice_problems": rayservice_problems,
             "rayservice_routes": rayservice_routes,
             "rayservice_serve_config": rayservice_serve_config,
             "rayservice_worker_groups": rayservice_worker_groups,

@@ -25,9 +25,6 @@ from ansible.module_utils.rayplane_preflight_values import (
 )
 
 __all__ = [
-    "MODEL_KEYS",
-    "REPLICA_KEYS",
-    "RESOURCE_KEYS",
     "models",
     "operator",
     "rayservice",
@@ -45,17 +42,6 @@ _GATES_OF_1_7 = frozenset(
 _LONGEST_RAYSERVICE_NAME = 47
 #: Parameters of `ray start` that declare resources, and the group's own keys for them.
 _GROUP_KEYS = {"num-cpus": "ray_cpus", "num-gpus": "gpu", "memory": "memory", "resources": "ray_resources"}
-#: Keys of a model, and of its mappings that are not handed on as they are.
-MODEL_KEYS = frozenset(
-    {
-        *("access", "canary", "checksum", "deployment", "engine", "env", "id", "license", "lora", "placement"),
-        *("replicas", "resources", "revision", "route_prefix", "source", "verify"),
-    }
-)
-REPLICA_KEYS = frozenset(
-    {"downscale_delay_s", "initial", "max", "min", "target_ongoing_requests", "upscale_delay_s"},
-)
-RESOURCE_KEYS = frozenset({"accelerator", "cpu", "gpu", "gpu_resource", "memory"})
 _MODEL_SCHEMES = ("s3", "gs", "abfs", "abfss", "hf")
 
 
@@ -70,24 +56,27 @@ def models(values: Values) -> Iterator[Problem]:
             warning=True,
         )
     seen: dict[str, str] = {}
+    routes: dict[str, str] = {}
     for path, entry in entries_of(values, "rayservice_models"):
-        yield from _unknown_keys(path, entry, MODEL_KEYS)
-        yield from _unknown_keys(f"{path}.replicas", entry.get("replicas"), REPLICA_KEYS)
-        yield from _unknown_keys(f"{path}.resources", entry.get("resources"), RESOURCE_KEYS)
         yield from _model_id(path, entry.get("id", ABSENT), seen)
         yield from _model_source(path, entry)
+        yield from _model_route(path, entry.get("route_prefix"), routes)
         yield from _model_replicas(path, entry)
         yield from _model_resources(path, entry)
         yield from _model_engine(path, entry)
         yield from _model_deployment(path, entry)
 
 
-def _unknown_keys(path: str, entry: Any, known: frozenset[str]) -> Iterator[Problem]:
-    for key in entry if isinstance(entry, Mapping) else ():
-        if key not in known:
-            guess = nearest(str(key), known)
-            cure = f"did you mean {guess}?" if guess else f"delete it; known keys are {', '.join(sorted(known))}"
-            yield Problem(f"{path}.{key}", entry[key], "no such key here", cure)
+def _model_route(path: str, prefix: Any, seen: dict[str, str]) -> Iterator[Problem]:
+    where = f"{path}.route_prefix"
+    if not isinstance(prefix, str) or not prefix:
+        return
+    if not prefix.startswith("/") or (prefix.endswith("/") and prefix != "/"):
+        reason = "Serve's paths start with a slash and do not end with one"
+        yield Problem(where, prefix, reason, f"write /{prefix.strip('/')}")
+    elif prefix in seen:
+        yield Problem(where, prefix, f"the path is taken by {seen[prefix]}", "give each model its own path")
+    seen.setdefault(prefix, path)
 
 
 def _model_id(path: str, name: Any, seen: dict[str, str]) -> Iterator[Problem]:

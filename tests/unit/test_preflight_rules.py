@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
 from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_rules import RULES, check_declared, required_tools
+from ansible.module_utils.rayplane_preflight_specs import check_options
 from ansible.module_utils.rayplane_preflight_values import DNS_LABEL, as_label, bucket_name_problem, quantity_problem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -308,12 +310,37 @@ def test_bad_model(entry: dict[str, Any], variable: str, reason: str, cure: str)
     assert cure in problem.cure
 
 
-def test_misspelt_keys_of_a_model_name_the_nearest() -> None:
-    entry = model(replica={"min": 1}, replicas={"minimum": 1}, resources={"gpus": 1, "gpu": 1})
-    problems = found(rayservice_models=[entry])
-    assert problems["rayservice_models[0].replica"].cure == "did you mean replicas?"
-    assert problems["rayservice_models[0].replicas.minimum"].cure == "did you mean min?"
-    assert problems["rayservice_models[0].resources.gpus"].cure == "did you mean gpu?"
+SPEC = yaml.safe_load((Path(__file__).parents[2] / "roles/rayservice/meta/argument_specs.yml").read_text("utf-8"))
+MODELS = {"rayservice_models": SPEC["argument_specs"]["main"]["options"]["rayservice_models"]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "cure"),
+    [
+        (model(replica={"min": 1}), "replica", "did you mean replicas?"),
+        (model(replicas={"minimum": 1}), "replicas.minimum", "did you mean min?"),
+        (model(resources={"gpus": 1, "gpu": 1}), "resources.gpus", "did you mean gpu?"),
+        (model(canary={"percent": 10}), "canary", "delete it; known keys are access"),
+        (model(replicas={"min": "one"}), "replicas.min", "write 3 without quotes"),
+        (model(resources="big"), "resources", "write {key: value} without quotes"),
+        (model(id=None), "id", "set it: The name that callers ask for"),
+    ],
+)
+def test_the_spec_knows_a_models_keys(entry: dict[str, Any], key: str, cure: str) -> None:
+    (problem,) = check_options({"rayservice_models": [entry]}, MODELS)
+    assert problem.variable == f"rayservice_models[0].{key}"
+    assert cure in problem.cure
+
+
+def test_the_spec_takes_a_good_model() -> None:
+    assert list(check_options({"rayservice_models": [model(env={"A": "b"}, verify={"expect": "Paris"})]}, MODELS)) == []
+
+
+def test_paths_of_models_are_their_own() -> None:
+    entries = [model(route_prefix="/a"), model(id="b", route_prefix="/a"), model(id="c", route_prefix="c/")]
+    problems = found(rayservice_models=entries)
+    assert "taken by rayservice_models[0]" in problems["rayservice_models[1].route_prefix"].reason
+    assert problems["rayservice_models[2].route_prefix"].cure == "write /c"
 
 
 def test_an_empty_model_list_warns() -> None:
