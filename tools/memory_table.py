@@ -43,7 +43,7 @@ def table() -> str:
     for inventory in INVENTORIES:
         values = _variables(inventory)
         for model in values["rayservice_models"]:
-            shape, gpu = shape_of(model["source"]), model_gpu(values, model["resources"]["accelerator"])
+            shape, gpu = shape_of(model["source"]), model_gpu(values, model)
             if shape is None or gpu is None:
                 raise SystemExit(f"{inventory}: nothing is known of {model['source']} or of its GPU")
             found = need(shape, model["engine"], gpu)

@@ -17,11 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.rayplane_gpus import Gpu
+from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight_memory import model_gpu
 from ansible.module_utils.rayplane_preflight_specs import KINDS, from_text, name_of
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
-__all__ = ["capability", "check_type", "engines", "serving_release"]
+__all__ = ["check_type", "engines", "serving_release"]
 
 _FILES = Path(__file__).resolve().parents[2] / "roles" / "preflight" / "files"
 
@@ -44,34 +47,6 @@ _DROPPED = {
 #: Arguments of vLLM's own web server, which does not run here: Serve's does.
 _OF_THE_SERVER = re.compile(r"allow(_credentials|ed_(headers|methods|origins))|api_key|host|port|middleware|root_path"
                             r"|ssl_.*|uds|uvicorn_log_level|enable_ssl_refresh")  # fmt: skip
-#: Compute capability of GPUs, times ten, by the word of their names that tells them. Source: NVIDIA, "CUDA GPUs".
-_CAPABILITIES = {
-    "k80": 37, "p100": 60, "p4": 61, "v100": 70, "t4": 75, "t4g": 75, "a100": 80, "a10": 86, "a10g": 86, "l4": 89,
-    "l40": 89, "l40s": 89, "h20": 90, "h100": 90, "h200": 90, "gh200": 90, "b200": 100, "gb200": 100, "b300": 103,
-    "gb300": 103,
-}  # fmt: skip
-#: Attention heads of well-known models (num_attention_heads of their config.json).
-_HEADS = {
-    "huggingfacetb/smollm2-135m-instruct": 9,
-    "huggingfacetb/smollm2-360m-instruct": 15,
-    "meta-llama/llama-3.2-3b-instruct": 24,
-    "qwen/qwen2-0.5b-instruct": 14,
-    "qwen/qwen2.5-0.5b-instruct": 14,
-    "qwen/qwen2.5-1.5b-instruct": 12,
-    "qwen/qwen2.5-3b-instruct": 16,
-    "qwen/qwen2.5-7b-instruct": 28,
-    "qwen/qwen2.5-14b-instruct": 40,
-    "qwen/qwen2.5-32b-instruct": 40,
-    "qwen/qwen2.5-72b-instruct": 64,
-} | {
-    f"meta-llama/{name}": heads
-    for heads, names in {
-        32: ("meta-llama-3-8b", "llama-3.1-8b", "llama-3.2-1b"),
-        64: ("meta-llama-3-70b", "llama-3.1-70b", "llama-3.3-70b"),
-    }.items()
-    for base in names
-    for name in (base, f"{base}-instruct")
-}
 #: Formats that a repository's name tells and that vLLM has no loader for.
 _FORMATS = re.compile(
     r"(?<![a-z])(gguf|ggml|mlx|exl[23]|onnx|openvino|coreml|tflite|llamafile)(?![a-z])", re.IGNORECASE
@@ -141,7 +116,7 @@ def engines(values: Values) -> Iterator[Problem]:
         yield from _format(path, entry, engine, ignored if strings(ignored) else (), vllm)
         yield from _together(f"{path}.engine", engine)
         yield from _under_serve(path, entry, engine)
-        yield from _on_accelerator(path, entry, engine, release)
+        yield from _on_accelerator(path, entry, engine, release, model_gpu(values, entry))
         yield from _heads(path, entry, engine)
         yield from _lora(path, entry, engine)
         yield from _scaling(path, entry)
@@ -342,20 +317,12 @@ def _under_serve(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
             )
 
 
-def capability(accelerator: Any) -> int | None:
-    """Compute capability of an accelerator times ten, by any spelling of its name; None for one we do not know."""
-    words = re.split(r"[^a-z0-9]+", accelerator.lower()) if isinstance(accelerator, str) else ()
-    return next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
-
-
 def _on_accelerator(
-    path: str, entry: Mapping[str, Any], engine: Mapping[str, Any], release: Mapping[str, Any]
+    path: str, entry: Mapping[str, Any], engine: Mapping[str, Any], release: Mapping[str, Any], gpu: Gpu | None
 ) -> Iterator[Problem]:
     """Number formats need hardware that computes with them."""
-    resources = entry.get("resources")
-    name = resources.get("accelerator") if isinstance(resources, Mapping) else None
-    found = capability(name)
-    has = f"{name} has compute capability {found / 10}" if found else ""
+    found = round(gpu.capability * 10) if gpu else 0
+    has = f"the {gpu.title} has compute capability {gpu.capability}" if gpu else ""
     dtype, cache, method = engine.get("dtype", "auto"), engine.get("kv_cache_dtype"), engine.get("quantization")
     unsafe = _no_float16(entry.get("source"), release)
     if found and found < 80 and dtype == "bfloat16":
@@ -375,12 +342,14 @@ def _on_accelerator(
                 f"a KV cache in {cache} needs {least / 10}, and {has}",
                 "write auto, or take a newer GPU",
             )
-    least = release.get("quantization_capability", {}).get(method, 0) if isinstance(method, str) else 0
+    shape = shape_of(entry.get("source"))
+    kind = method or (shape.quantization if shape else "")
+    least = release.get("quantization_capability", {}).get(kind, 0) if isinstance(kind, str) else 0
     if found and found < least:
         yield Problem(
             f"{path}.engine.quantization",
-            method,
-            f"{method} needs {least / 10}, and {has}",
+            kind,
+            f"{kind} weights need {least / 10}, and {has}",
             "take weights that are quantized in another way (gptq runs from 6.0 on), or a newer GPU",
         )
     own = _config(entry.get("source")).get("quantization_config")
@@ -420,14 +389,10 @@ def _config(source: Any) -> Mapping[str, Any]:
 
 def _heads(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Problem]:
     """Tensor parallelism shares out whole attention heads."""
-    source = entry.get("source")
+    shape = shape_of(entry.get("source"))
     size: Any = engine.get("tensor_parallel_size")
-    config = _config(source)
-    text = config.get("text_config", config)
-    heads: Any = text.get("num_attention_heads") if isinstance(text, Mapping) else None
-    if heads is None and isinstance(source, str):
-        heads = _HEADS.get(source.removeprefix("hf://").lower())
-    if whole(size) and size > 0 and whole(heads) and heads % size:
+    heads = shape.heads if shape else 0
+    if whole(size) and size > 0 and heads % size:
         yield Problem(
             f"{path}.engine.tensor_parallel_size",
             size,

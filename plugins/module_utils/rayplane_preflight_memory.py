@@ -1,6 +1,6 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over models and the GPUs that they are given: memory, number formats, nodes that have the GPU."""
+"""Rules over models and the GPUs that they are given: memory, and nodes that have the GPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from ansible.module_utils.rayplane_preflight import ABSENT, Problem
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
 __all__ = ["gpu_memory", "gpu_nodes", "model_gpu"]
-
-#: Compute capability that vLLM 0.29 asks for: of kinds of quantization (their get_min_capability), of a KV cache in
-#: less than 16 bit (FlashInfer from 8.0 on; Triton's own from 8.9 on).
-_QUANTIZATION_FROM = {"fp8": 7.5, "mxfp4": 8.0}
-_BFLOAT16_FROM = _SMALL_CACHE_FROM = 8.0
 
 
 def _node_groups(values: Values) -> Iterator[Mapping[str, Any]]:
@@ -35,21 +30,24 @@ def _types(group: Mapping[str, Any]) -> Sequence[str]:
     return types if strings(types) else ()
 
 
-def _gpu_models(values: Values) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Each model that asks for GPUs: its path, itself, its accelerator (empty: any)."""
-    for path, entry in entries_of(values, "rayservice_models"):
-        resources = entry.get("resources")
-        count: Any = resources.get("gpu") if isinstance(resources, Mapping) else None
-        if isinstance(resources, Mapping) and whole(count) and count > 0:
-            yield path, entry, str(resources.get("accelerator") or "")
+def _accelerator(entry: Mapping[str, Any]) -> str | None:
+    """The accelerator of a model that asks for GPUs, empty for any; None for a model without."""
+    resources = entry.get("resources")
+    count: Any = resources.get("gpu") if isinstance(resources, Mapping) else None
+    return (
+        str(resources.get("accelerator") or "") if isinstance(resources, Mapping) and whole(count) and count else None
+    )
 
 
-def model_gpu(values: Values, accelerator: str) -> Gpu | None:
-    """The GPU that a model with this accelerator gets: of the nodes that may take it, the one with the least memory.
+def model_gpu(values: Values, entry: Mapping[str, Any]) -> Gpu | None:
+    """The GPU that a model gets: of the nodes that may take it, the one with the least memory.
 
     Where no node group is known to have it, the name alone tells, and of two sizes it may mean the larger. None where
-    nothing is known.
+    nothing is known, or no GPU asked for.
     """
+    accelerator = _accelerator(entry)
+    if accelerator is None:
+        return None
     have = [gpu for group in _node_groups(values) for kind in _types(group) if (gpu := gpu_of_instance(kind))]
     named = gpus_named(accelerator) if accelerator else GPUS
     if fitting := [gpu for gpu in have if gpu in named]:
@@ -58,46 +56,16 @@ def model_gpu(values: Values, accelerator: str) -> Gpu | None:
 
 
 def gpu_memory(values: Values) -> Iterator[Problem]:
-    """Each model fits its GPU, in memory and in the formats of its numbers, where both are known."""
+    """Each model fits its GPU's memory, where both are known."""
     if values.get("gpu_plugin_mig_strategy") not in (None, "none"):
         return
-    for path, entry, accelerator in _gpu_models(values):
-        gpu, engine = model_gpu(values, accelerator), entry.get("engine") or {}
+    for path, entry in entries_of(values, "rayservice_models"):
+        gpu, engine = model_gpu(values, entry), entry.get("engine") or {}
         if gpu is None or not isinstance(engine, Mapping):
             continue
         shape = shape_of(entry.get("source"))
-        yield from _formats(path, engine, shape, gpu)
         if shape and not entry.get("placement") and not engine.get("kv_cache_memory_bytes"):
             yield from _fits(path, entry["resources"], engine, shape, gpu)
-
-
-def _formats(path: str, engine: Mapping[str, Any], shape: Shape | None, gpu: Gpu) -> Iterator[Problem]:
-    has = f"the {gpu.title} has compute capability {gpu.capability}, and"
-    later = "take a GPU of compute capability {} or more, such as nvidia-l4"
-    if engine.get("dtype") == "bfloat16" and gpu.capability < _BFLOAT16_FROM:
-        yield Problem(
-            f"{path}.engine.dtype",
-            "bfloat16",
-            f"{has} bfloat16 takes {_BFLOAT16_FROM} or more",
-            f"leave dtype out, and vLLM takes what the GPU has; or {later.format(_BFLOAT16_FROM)}",
-        )
-    cache = str(engine.get("kv_cache_dtype", "auto"))
-    if cache.startswith(("fp8", "nvfp4", "bfloat16")) and gpu.capability < _SMALL_CACHE_FROM:
-        yield Problem(
-            f"{path}.engine.kv_cache_dtype",
-            cache,
-            f"{has} a KV cache in {cache} takes {_SMALL_CACHE_FROM} or more",
-            f"leave kv_cache_dtype out; or {later.format(_SMALL_CACHE_FROM)}",
-        )
-    kind = engine.get("quantization") or (shape.quantization if shape else "")
-    floor = _QUANTIZATION_FROM.get(str(kind), 0)
-    if gpu.capability < floor:
-        yield Problem(
-            f"{path}.engine.quantization",
-            kind,
-            f"{has} {kind} weights take {floor} or more",
-            f"take the model in another format; or {later.format(floor)}",
-        )
 
 
 def _fits(
@@ -138,7 +106,8 @@ def gpu_nodes(values: Values) -> Iterator[Problem]:
             dict(given) if isinstance(given, Mapping) else {}
         )
         borne[str(group.get("name"))] = all_labels.get(label, "")
-    for path, _, accelerator in _gpu_models(values):
+    for path, entry in entries_of(values, "rayservice_models"):
+        accelerator = _accelerator(entry) or ""
         settings = own.get(accelerator) if isinstance(own, Mapping) else None
         wanted = label_value(accelerator, label)
         if not wanted or wanted in borne.values() or (isinstance(settings, Mapping) and settings.get("node_selector")):

@@ -261,7 +261,7 @@ def test_gates_of_an_operator_that_may_know_them(changes: dict[str, Any]) -> Non
         (model(resources={"gpu": 1, "cpu": 0}), "resources.cpu", "above 0", "1 or more"),
         (model(resources={"accelerator": "nvidia-t4"}), "resources.accelerator", "asks for none", "gpu to 1"),
         (model(resources={"gpu": 4}), "resources.gpu", "largest node of eks_node_groups has 1", "4 GPUs"),
-        (model(engine={"tensor_parallel_size": 4}), "engine.tensor_parallel_size", "resources.gpu is 1", "gpu to 4"),
+        (model(engine={"tensor_parallel_size": 2}), "engine.tensor_parallel_size", "resources.gpu is 1", "gpu to 2"),
         (model(engine={"tensor_parallel_size": 0}), "engine.tensor_parallel_size", "from 1 on", "1 or more"),
         (
             model(engine={"tensor_parallel_size": 2}, resources=None),
@@ -358,7 +358,8 @@ def test_pipeline_stages_may_sit_on_several_nodes() -> None:
 
 def test_longer_context_is_allowed_where_the_positions_are_stretched() -> None:
     entry = model(
-        source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384, "hf_overrides": {"rope_parameters": {}}}
+        source="HuggingFaceTB/SmolLM2-135M-Instruct",
+        engine={"max_model_len": 16384, "hf_overrides": {"rope_parameters": {}}},
     )
     assert found(rayservice_models=[entry]) == {}
 
