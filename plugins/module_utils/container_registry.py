@@ -1,0 +1,162 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Names of container images, and what a registry says of one (OCI distribution specification 1.1, HTTP API V2)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Credentials", "Reference", "RegistryError", "auth_file_text", "digest_of", "parse", "stored_credentials"]
+
+#: Seconds to connect, and to answer.
+PATIENCE = 10
+_MANIFESTS = (
+    "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json,"
+    " application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json"
+)
+_PATH = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(
+    rf"(?:(?P<registry>localhost|[\w.-]*\.[\w.-]+|[\w.-]+(?=:\d))(?P<port>:\d+)?/)?(?P<path>{_PATH}(?:/{_PATH})*)"
+    r"(?::(?P<tag>[\w][\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?",
+    re.ASCII,
+)
+_HUB = "docker.io"
+#: Hosts of the Docker Hub whose names differ from that of its images.
+_API_HOSTS = {_HUB: "registry-1.docker.io"}
+_HUB_AUTH = "https://index.docker.io/v1/"
+
+
+class RegistryError(Exception):
+    """The registry does not say. ``status`` is that of its answer, 0 where none came."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Credentials(NamedTuple):
+    """What a registry knows somebody by."""
+
+    username: str
+    password: str
+
+    @property
+    def basic(self) -> str:
+        return base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+class Reference(NamedTuple):
+    """The parts of an image's name, as docker and containerd read it."""
+
+    registry: str
+    repository: str
+    tag: str
+    digest: str
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only the machine itself reaches the registry."""
+        host = self.registry.partition(":")[0]
+        return host == "localhost" or host.startswith("127.")
+
+
+def parse(image: str) -> Reference:
+    """Split an image's name; without a registry it is the Docker Hub's, without a tag the tag is ``latest``.
+
+    Raises ValueError where no container runtime would take it.
+    """
+    found = _NAME.fullmatch(image)
+    if found is None:
+        raise ValueError("no container runtime takes it as an image's name (REGISTRY/REPOSITORY:TAG, in lower case)")
+    registry = (found["registry"] or _HUB) + (found["port"] or "")
+    path = found["path"]
+    if registry == _HUB and "/" not in path:
+        path = f"library/{path}"
+    return Reference(registry, path, found["tag"] or ("" if found["digest"] else "latest"), found["digest"] or "")
+
+
+def digest_of(image: str, credentials: Credentials | None = None, timeout: float = PATIENCE) -> str | None:
+    """Return the digest of an image's manifest; None where its registry has no such image.
+
+    Raises RegistryError where the registry does not say.
+    """
+    reference = parse(image)
+    host = _API_HOSTS.get(reference.registry, reference.registry)
+    scheme = "http" if reference.loopback else "https"
+    wanted = reference.digest or reference.tag
+    url = f"{scheme}://{host}/v2/{reference.repository}/manifests/{wanted}"
+    headers = {"Accept": _MANIFESTS}
+    # A proxy would look for the loopback address on its own machine.
+    proxies = urllib.request.ProxyHandler({}) if reference.loopback else urllib.request.ProxyHandler()
+    opener = urllib.request.build_opener(proxies)
+    try:
+        try:
+            return _head(opener, url, headers, timeout)
+        except urllib.error.HTTPError as error:
+            if error.code != 401:
+                raise
+            way = error.headers.get("WWW-Authenticate", "")
+            error.close()
+        token = _authorization(opener, way, reference.repository, credentials, timeout)
+        return _head(opener, url, {**headers, "Authorization": token}, timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:
+            return None
+        raise RegistryError(f"{reference.registry} answers {error.code} {error.reason}", error.code) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise RegistryError(f"{reference.registry} does not answer: {reason}") from error
+
+
+def _head(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str], timeout: float) -> str:
+    with opener.open(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=timeout) as answer:  # noqa: S310 - the scheme is ours
+        return str(answer.headers["Docker-Content-Digest"])
+
+
+def _authorization(
+    opener: urllib.request.OpenerDirector, way: str, repository: str, credentials: Credentials | None, timeout: float
+) -> str:
+    """Return the Authorization header that a registry asks for: Basic, or a token of the server that it names."""
+    scheme, _, rest = way.partition(" ")
+    if scheme.lower() != "bearer":
+        return f"Basic {credentials.basic}" if credentials else ""
+    given = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+    query = {"service": given.get("service", ""), "scope": f"repository:{repository}:pull"}
+    realm = given["realm"] if given.get("realm", "").startswith(("https://", "http://")) else ""
+    request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310 - checked above
+    if credentials:
+        request.add_header("Authorization", f"Basic {credentials.basic}")
+    with opener.open(request, timeout=timeout) as answer:
+        token = json.load(answer)
+    return f"Bearer {token.get('token') or token.get('access_token')}"
+
+
+def stored_credentials(registry: str) -> Credentials | None:
+    """Return what ``podman login``, ``buildah login`` or ``docker login`` keep for a registry in their files."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    files = [os.environ.get("REGISTRY_AUTH_FILE", ""), f"{runtime}/containers/auth.json", "~/.docker/config.json"]
+    for file in files:
+        try:
+            known = json.loads(Path(file).expanduser().read_text(encoding="utf-8")).get("auths", {}) if file else {}
+            entry = known.get(registry) or known.get(_HUB_AUTH if registry == _HUB else f"https://{registry}") or {}
+            username, _, password = base64.b64decode(entry.get("auth", "")).decode().partition(":")
+        except (OSError, ValueError, AttributeError, binascii.Error):
+            continue
+        if username:
+            return Credentials(username, password)
+    return None
+
+
+def auth_file_text(registry: str, credentials: Credentials) -> str:
+    """Return the text of a file that podman and buildah take as ``--authfile``."""
+    return json.dumps({"auths": {registry: {"auth": credentials.basic}}})
