@@ -38,6 +38,7 @@ if _SHARED_CODE not in ansible.module_utils.__path__:
 from ansible.module_utils import rayplane_preflight_environment as environment
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
+from ansible.module_utils.rayplane_preflight_images import check_images
 from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
 from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
@@ -191,7 +192,9 @@ class _Cluster:
         """What stands in the inventory: names, values, and how they fit together."""
         yield from check_unknown(self._variables, self._known, self._roles, self._variables)
         yield from self._broken.values()
-        by_rules = list(check_declared(self._values))
+        # Images of an embedded cluster lie on its only node.
+        groups = {"group_names": self._variables.get("group_names", ())}
+        by_rules = list(check_declared({**self._values, **groups}))
         reported = {problem.variable for problem in by_rules}
         for options in self._applicable():
             yield from (problem for problem in self._against(options) if problem.variable not in reported)
@@ -220,6 +223,8 @@ class _Cluster:
         if given and not problems and ask_cluster:
             yield from live.check_cluster(path, context)
         yield from live.check_model_folders(values.get("rayservice_models"))
+        if "embedded" not in self._variables.get("group_names", ()):
+            yield from check_images(values)
 
     def where(self, variable: str) -> str:
         """File and line of a variable, as near as its tags tell."""

@@ -38,15 +38,6 @@ def gateway(values: Values) -> Iterator[Problem]:
 
 
 def _place(values: Values) -> Iterator[Problem]:
-    image = values.get("gateway_image")
-    if isinstance(image, str) and image.startswith("registry.example.com/"):
-        yield Problem(
-            "gateway_image",
-            image,
-            "it is a placeholder: no node can pull it",
-            "build serve_app/Containerfile, push it to a registry that the nodes reach, and name it",
-            warning=True,
-        )
     port: Any = values.get("gateway_node_port")
     if whole(port) and port != 0 and not 30000 <= port <= 32767:
         reason = "Kubernetes gives out node ports from 30000 to 32767"

@@ -25,7 +25,6 @@ def found(**changes: Any) -> dict[str, Problem]:
         "gateway_namespace": "rayplane",
         "gateway_serve_url": "http://rayplane-serve-svc.rayplane.svc:8000",
         "gateway_keys_file": "",
-        "gateway_image": "registry.of.ours/gateway:1",
         "gateway_audit_volume": {"size": "1Gi", "access_mode": "ReadWriteMany"},
         "rayservice_service_type": "ClusterIP",
         **changes,
@@ -86,7 +85,6 @@ def test_problems(changes: dict[str, Any], variable: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "variable"),
     [
-        ({"gateway_image": DEFAULTS["gateway_image"]}, "gateway_image"),
         ({"gateway_audit_volume": {}}, "gateway_audit_volume"),
         ({"gateway_redis": ""}, "gateway_redis"),
         ({"gateway_env": {"FAR_KEY": "x"}}, "gateway_env.FAR_KEY"),

@@ -168,7 +168,6 @@ def test_a_sound_cluster_passes_and_warns(validate) -> None:  # type: ignore[no-
     assert run.status == 0, run.output
     assert set(run.problems("cloud", "warning")) == {
         "secrets_hugging_face_token",
-        "gateway_image",
         "gateway_audit_volume",
     }
 
