@@ -63,6 +63,12 @@ class Reference(NamedTuple):
     digest: str
 
     @property
+    def name(self) -> str:
+        """The name with nothing left out: buildah and CRI-O know of no registry to look a short one up in."""
+        tag, digest = f":{self.tag}" if self.tag else "", f"@{self.digest}" if self.digest else ""
+        return f"{self.registry}/{self.repository}{tag}{digest}"
+
+    @property
     def loopback(self) -> bool:
         """Whether only the machine itself reaches the registry."""
         host = self.registry.partition(":")[0]

@@ -34,7 +34,7 @@ __all__ = [
 
 #: Packages that are looked at in another way: the collections that `ansible` carries may also be installed one by one.
 _NOT_A_PACKAGE = {"ansible"}
-_INSTALL = "run `make setup`, or install the locked environment with `uv sync`"
+_INSTALL = "run `make bootstrap`, or install the locked environment with `uv sync`"
 
 
 def project_metadata(project: Path) -> Mapping[str, Any]:

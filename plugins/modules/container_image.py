@@ -332,8 +332,9 @@ def make(given: Mapping[str, Any], files: Mapping[str, Path], builder: Builder, 
         folder = Path(name)
         context = folder / "context"
         context.mkdir()
-        base = given["base"]
-        if is_archive(base):
+        if not is_archive(base := given["base"]):
+            base = parse(base).name
+        else:
             archive, base = base, f"localhost/rayplane/base:{_archive_key(base)}"
             if not builder.has(base):
                 (folder / "Containerfile").write_text(_FROM_ARCHIVE, encoding="utf-8")

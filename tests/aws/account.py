@@ -36,6 +36,7 @@ LISTINGS: dict[str, tuple[str, str, str, str]] = {
     "role": ("iam", "list_roles", "Roles", "RoleName"),
     "instance profile": ("iam", "list_instance_profiles", "InstanceProfiles", "InstanceProfileName"),
     "OIDC provider": ("iam", "list_open_id_connect_providers", "OpenIDConnectProviderList", "Arn"),
+    "repository": ("ecr", "describe_repositories", "repositories", "repositoryName"),
     "bucket": ("s3", "list_buckets", "Buckets", "Name"),
     "alias": ("kms", "list_aliases", "Aliases", "AliasName"),
     "file system": ("efs", "describe_file_systems", "FileSystems", "FileSystemId"),
@@ -86,6 +87,8 @@ class Account:
             "kuberay_kubectl": sys.executable,
             "verify_kubectl": sys.executable,
             "kuberay_kustomize_source": str(Path(__file__).parent),
+            # Nor is an image built here, where it is not asked for.
+            "gateway_image": "registry.of.ours/rayplane/gateway:1",
         }
 
     # What is there

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from .account import Account
+from .account import OWNER_TAG, Account
 from .conftest import ROOT, Playbook, Run
 
 # Hosts, which are their clusters, too.
 EVERYTHING, ADOPTED = "rp-everything", "rp-adopted"
 HOSTS = [EVERYTHING, ADOPTED]
-TAGS = "preflight,encryption,network,storage,eks,autoscaler_cloud"
+TAGS = "preflight,encryption,images_cloud,network,storage,eks,autoscaler_cloud"
 OTHER_REGION = "eu-west-1"
 
 
@@ -73,6 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, new_account: Callable[[], Ac
     elsewhere = Account(account.number, account.endpoint, OTHER_REGION).client("kms")
     before = account.sweep()
     adopted = {
+        "gateway_image": "",
         "network_existing_vpc_tags": {"team": "platform"},
         "network_vpc_cidr": "10.9.0.0/17",
         "network_intra_subnets": False,
@@ -81,7 +82,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, new_account: Callable[[], Ac
         "storage_replica_region": OTHER_REGION,
         "storage_replica_kms_key_id": elsewhere.create_key()["KeyMetadata"]["Arn"],
     }
-    setup.declare(EVERYTHING)
+    setup.declare(EVERYTHING, gateway_image="", images_ray_packages=["peft"])
     setup.declare(ADOPTED, **adopted)
     plan = playbook(*setup.deploy, "--check", "--diff").succeeded(*HOSTS)
     assert setup.accounts[EVERYTHING].sweep() == {} and account.sweep() == before
@@ -107,8 +108,25 @@ def test_everything_is_there(built: Built) -> None:
     counts = account.counts()
     for kind in ("file system", "OIDC provider", "placement group", "instance"):
         assert counts[kind] >= 1, (kind, counts)
-    assert (counts["queue"], counts["event rule"]) == (1, 5)
+    assert (counts["queue"], counts["event rule"], counts["repository"]) == (1, 5, 2)
     assert "create service-linked role of spot.amazonaws.com" in built.first.actions(EVERYTHING)
+
+
+def test_image_repositories_are_kept_as_other_resources_are(built: Built) -> None:
+    """With the cluster's key and tags, scanned, with tags that nobody moves, and an end for what is old."""
+    account = built.setup.accounts[EVERYTHING]
+    ecr = account.client("ecr")
+    (key,) = [one["Arn"] for one in account.items("key")]
+    for one in account.items("repository"):
+        assert one["repositoryName"] in (f"{EVERYTHING}/gateway", f"{EVERYTHING}/ray")
+        assert one["encryptionConfiguration"] == {"encryptionType": "KMS", "kmsKey": key}
+        assert (one["imageTagMutability"], one["imageScanningConfiguration"]) == ("IMMUTABLE", {"scanOnPush": True})
+        tags = {
+            tag["Key"]: tag["Value"] for tag in ecr.list_tags_for_resource(resourceArn=one["repositoryArn"])["tags"]
+        }
+        assert tags[OWNER_TAG] == EVERYTHING and tags["Project"] == "rayplane"
+        policy = ecr.get_lifecycle_policy(repositoryName=one["repositoryName"])["lifecyclePolicyText"]
+        assert [rule["action"] for rule in json.loads(policy)["rules"]] == [{"type": "expire"}] * 2
 
 
 def test_every_policy_of_a_role_was_accepted_and_is_read_back(built: Built) -> None:
@@ -148,6 +166,7 @@ def test_switching_it_off_removes_it(built: Built, playbook: Playbook) -> None:
     account, other = setup.accounts[EVERYTHING], setup.accounts[ADOPTED]
     setup.declare(
         EVERYTHING,
+        gateway_image="",
         platform_autoscaler="cluster_autoscaler",
         network_admin_access="ssm",
         eks_load_balancer_controller=False,

@@ -38,6 +38,7 @@ LOGIN = Credentials("robot", "sesame")
 )
 def test_names_are_read_as_runtimes_read_them(image: str, reference: Reference) -> None:
     assert parse(image) == reference
+    assert parse(reference.name) == reference
 
 
 @pytest.mark.parametrize(
