@@ -270,7 +270,8 @@ class Builder:
             command += ["--secret", f"id={name},src={path}"]
         if base:
             command += ["--build-arg", f"BASE={base}"]
-        self._must([*command, str(folder / "context")], f"build {image}")
+        cure = "Where a base cannot be pulled, log in at its registry, or name a mirror's in images_base"
+        self._must([*command, str(folder / "context")], f"build {image}", cure=cure)
 
     def push(self, image: str, target: str, credentials: Credentials | None, folder: Path) -> None:
         """Push an image under another name."""
@@ -292,13 +293,12 @@ class Builder:
             options.append("--tls-verify=false")
         self._must(["push", *options, image, f"docker://{target}"], f"push {target}")
 
-    def _must(self, words: Sequence[str], what: str, stdin: str = "") -> None:
+    def _must(self, words: Sequence[str], what: str, stdin: str = "", cure: str = "") -> None:
         done = self._run(words, stdin)
         if done.returncode != 0:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise PlatformError(
-                f"{self.tool} could not {what} (exit status {done.returncode}):\n" + "\n".join(lines[-_LAST_LINES:])
-            )
+            told = [f"{self.tool} could not {what} (exit status {done.returncode}):", *lines[-_LAST_LINES:], cure]
+            raise PlatformError("\n".join(told).rstrip())
 
     def _run(self, words: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         try:
