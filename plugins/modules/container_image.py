@@ -40,8 +40,8 @@ options:
     default: {}
   base:
     description: >-
-      What the image stands on: an image, or a tar archive with a root file system (an absolute path), which needs no
-      registry.
+      What the image stands on: an image, or a tar archive with a root file system (an absolute path, where C(*) may
+      stand for a part that is not known), which needs no registry.
     type: str
     required: true
   platform:
@@ -216,7 +216,8 @@ def tag_of(given: Mapping[str, Any], files: Mapping[str, Path]) -> str:
         digest.update(f"{name}\0{kind}\0{len(content)}\0".encode() + content)
 
     add("recipe", json.dumps([_RECIPE, given["platform"], given["edition"]]).encode())
-    add("base", _archive_key(given["base"]).encode() if is_archive(given["base"]) else given["base"].encode())
+    base = given["base"]
+    add("base", (_archive_key(archive_of(base)) if is_archive(base) else _name_of(base)).encode())
     add("containerfile", Path(given["containerfile"]).read_bytes())
     for name, path in sorted(files.items()):
         add(name, path.read_bytes(), "x" if path.stat().st_mode & 0o100 else "")
@@ -230,14 +231,24 @@ def is_archive(base: str) -> bool:
     return base.startswith("/")
 
 
-def _archive_key(path: str) -> str:
+def _name_of(base: str) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:TAG_LENGTH]
-    except OSError as error:
-        raise PlatformError(
-            f"images_base is {path}: it cannot be read ({error.strerror}); name an image or a tar archive"
-        ) from error
+        return str(parse(base).name)
+    except ValueError as error:
+        raise PlatformError(f"images_base is {base!r}: {error}") from error
+
+
+def archive_of(base: str) -> Path:
+    """Return the one file that a base names. Raises PlatformError where there is none, or more than one."""
+    found = sorted(Path("/").glob(base.lstrip("/")))
+    if len(found) != 1 or not found[0].is_file():
+        raise PlatformError(f"images_base is {base}, which names {len(found)} files: name an image, or one tar archive")
+    return found[0]
+
+
+def _archive_key(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:TAG_LENGTH]
 
 
 class Builder:
@@ -332,13 +343,14 @@ def make(given: Mapping[str, Any], files: Mapping[str, Path], builder: Builder, 
         folder = Path(name)
         context = folder / "context"
         context.mkdir()
-        if not is_archive(base := given["base"]):
-            base = parse(base).name
+        if not is_archive(given["base"]):
+            base = _name_of(given["base"])
         else:
-            archive, base = base, f"localhost/rayplane/base:{_archive_key(base)}"
+            archive = archive_of(given["base"])
+            base = f"localhost/rayplane/base:{_archive_key(archive)}"
             if not builder.has(base):
                 (folder / "Containerfile").write_text(_FROM_ARCHIVE, encoding="utf-8")
-                _link(Path(archive), context / "base.tar")
+                _link(archive, context / "base.tar")
                 builder.build(base, folder, given["platform"])
                 (context / "base.tar").unlink()
         shutil.copyfile(given["containerfile"], folder / "Containerfile")

@@ -180,7 +180,7 @@ def test_the_tag_changes_with_all_that_the_image_is_made_of(given: dict[str, Any
         seen.add(tag(given | change))
     for size in (1, 2):
         (tmp_path / "base.tar").write_bytes(b"x" * size)
-        seen.add(tag(given | {"base": str(tmp_path / "base.tar")}))
+        seen.add(tag(given | {"base": str(tmp_path / "base*.tar")}))
     (context / "app/a.py").chmod(0o755)
     seen.add(tag(given))
     (context / "app/a.py").chmod(0o644)
@@ -198,8 +198,10 @@ def test_the_tag_changes_with_all_that_the_image_is_made_of(given: dict[str, Any
 def test_what_is_not_there_is_named(given: dict[str, Any]) -> None:
     with pytest.raises(PlatformError, match=r"there is no .*/lost"):
         tag(given | {"files": ["lost"]})
-    with pytest.raises(PlatformError, match=r"images_base is /lost\.tar"):
+    with pytest.raises(PlatformError, match=r"images_base is /lost\.tar, which names 0 files"):
         tag(given | {"base": "/lost.tar"})
+    with pytest.raises(PlatformError, match="images_base is 'A': no container runtime"):
+        tag(given | {"base": "A"})
 
 
 # --- building and pushing --------------------------------------------------------------------------------------------
