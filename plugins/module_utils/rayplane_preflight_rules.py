@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_engine import engines
 from ansible.module_utils.rayplane_preflight_gateway import gateway
+from ansible.module_utils.rayplane_preflight_images import images
 from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes
 from ansible.module_utils.rayplane_preflight_names import derived_names, kubernetes_names
-from ansible.module_utils.rayplane_preflight_images import images
 from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
 from ansible.module_utils.rayplane_preflight_placement import placement
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
