@@ -223,6 +223,8 @@ class Ours:
             "platform_aws_endpoint_url": endpoint or self.endpoint,
             # Preflight looks for the tools of all stages; those of Kubernetes do not run here.
             "kuberay_kubectl": sys.executable,
+            "eks_endpoint_public_cidrs": ["8.8.8.0/24"],
+            "platform_address_url": "",
             "verify_kubectl": sys.executable,
             "kuberay_kustomize_source": str(PROJECT),
             "platform_aws_access_key_id": OURS,

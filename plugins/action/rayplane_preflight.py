@@ -35,6 +35,7 @@ _SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
 if _SHARED_CODE not in ansible.module_utils.__path__:
     ansible.module_utils.__path__.append(_SHARED_CODE)
 
+from ansible.module_utils import rayplane_preflight_access as access
 from ansible.module_utils import rayplane_preflight_environment as environment
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
@@ -68,7 +69,13 @@ GROUP_ROLES = {"local_platform": "embedded"}
 #: Facts that roles hand to each other, under their own prefix.
 FACTS = (
     *("eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
-    *("network_flow_log_pending", "network_intra_subnet_ids", "network_security_group_id", "network_vpc_id"),
+    *(
+        "network_client_cidrs",
+        "network_flow_log_pending",
+        "network_intra_subnet_ids",
+        "network_security_group_id",
+        "network_vpc_id",
+    ),
 )
 
 
@@ -214,6 +221,7 @@ class _Cluster:
                 _text(values.get("platform_aws_endpoint_url")),
                 _text(values.get("platform_cluster_name")),
             )
+            yield from access.check_own_address(values)
         if platform not in PLATFORMS:
             return
         given = platform == "existing" or values.get("kubeconfig_source") == "given"

@@ -186,7 +186,6 @@ def network(values: Values) -> Iterator[Problem]:
     wrong += _cidrs("network_private_subnet_cidrs", private)
     wrong += _cidrs("network_public_subnet_cidrs", public)
     yield from wrong
-    yield from _cidrs("eks_public_access_cidrs", values.get("eks_public_access_cidrs"))
     if service := values.get("eks_service_ipv4_cidr"):
         yield from _cidrs("eks_service_ipv4_cidr", [service], single=True)
     intra: Any = values.get("network_intra_subnet_cidrs") or []

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 #: Variables of earlier releases: old name to (new name or "", release that dropped it).
-REMOVED_VARIABLES: dict[str, tuple[str, str]] = {}
+REMOVED_VARIABLES: dict[str, tuple[str, str]] = {"eks_public_access_cidrs": ("eks_endpoint_public_cidrs", "0.1.0")}
 
 #: Likeness from which a variable without one of our prefixes is taken for a slip of the pen.
 misspelt_likeness = 0.87

@@ -306,6 +306,11 @@ bastion_instance_id:
   description: Id of the bastion; empty without one.
   returned: state is present
   type: str
+client_cidrs:
+  description: Addresses of the VPC and of its peers.
+  returned: state is present
+  type: list
+  elements: str
 security_group_id:
   description: Id of the network's security group.
   returned: state is present
@@ -404,6 +409,9 @@ class Network:
             "public_subnet_ids": self.subnets.of("public"),
             "intra_subnet_ids": self.subnets.of("intra"),
             "security_group_id": group,
+            "client_cidrs": sorted(
+                {*self.context.vpc_cidrs, *(cidr for one in self.params["peerings"] for cidr in one["cidrs"])}
+            ),
             "nat_public_ips": self.nats.public_ips(),
             "bastion_instance_id": bastion,
             "admin_access": self._admin_access(by_endpoints, bastion),

@@ -58,6 +58,13 @@ options:
     type: list
     elements: str
     default: [0.0.0.0/0]
+  private_access_cidrs:
+    description: >-
+      Networks beside the nodes' that reach the private endpoint - rules for port 443 in the security group that EKS
+      made. Rules of others stay.
+    type: list
+    elements: str
+    default: []
   service_ipv4_cidr:
     description: Addresses of Kubernetes services, set when the cluster is made. Empty lets EKS choose.
     type: str
@@ -167,6 +174,8 @@ from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleA
 MAX_SKEW = 3
 # On clusters whose service accounts get roles by the OIDC issuer, so that what is no longer wanted is looked for.
 IRSA_TAG = "rayplane.io/irsa"
+# By which our rules in the security group that EKS made are known.
+CLIENT_RULE = "rayplane: reaches the API server"
 MODES = ["CONFIG_MAP", "API_AND_CONFIG_MAP", "API"]
 LOG_TYPES = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
 
@@ -200,7 +209,7 @@ class Cluster:
         # What was read says all, unless something was changed since.
         if now is None or (self.changes.actions and not self.changes.check_mode):
             now = find_cluster(self.api, self.name)
-        self._tag_security_group(now)
+        self._keep_security_group(now)
         return {"cluster": facts(now)}
 
     def absent(self) -> dict[str, Any]:
@@ -435,22 +444,44 @@ class Cluster:
         if self.changes.update(self.resource, {"deletion_protection": have}, {"deletion_protection": want}):
             self._update_config(deletionProtection=want)
 
-    def _tag_security_group(self, now: dict[str, Any] | None) -> None:
-        """Tag the security group that EKS made."""
-        want = {str(key): str(value) for key, value in self.params["security_group_tags"].items()}
-        if not want:
-            return
+    def _keep_security_group(self, now: dict[str, Any] | None) -> None:
+        """Tag the security group that EKS made, and open it to those who reach the private endpoint."""
+        tags = {str(key): str(value) for key, value in self.params["security_group_tags"].items()}
+        cidrs = set(self.params["private_access_cidrs"])
         resource = f"security group of {self.resource}"
         group = (now or {}).get("resourcesVpcConfig", {}).get("clusterSecurityGroupId")
         if not group:
             # In check mode before the first run it is part of the new cluster.
-            sync_tags(self.changes, resource, {}, want)
+            sync_tags(self.changes, resource, {}, tags)
+            self._note_clients(resource, set(), cidrs)
             return
         ec2 = self.ec2()
         (found,) = ec2.read("describe_security_groups", resource, GroupIds=[group])["SecurityGroups"]
-        lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), want)
+        lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), tags)
         if lacking:
             ec2.write("create_tags", resource, Resources=[group], Tags=tag_list(lacking))
+        rules = {
+            one["CidrIp"]: one.get("Description", "")
+            for permission in found.get("IpPermissions", ())
+            if (permission["IpProtocol"], permission.get("FromPort"), permission.get("ToPort")) == ("tcp", 443, 443)
+            for one in permission.get("IpRanges", ())
+        }
+        ours = {cidr for cidr, description in rules.items() if description == CLIENT_RULE}
+        missing, dropped = cidrs - set(rules), ours - cidrs
+        if missing or dropped:
+            self._note_clients(resource, ours, (ours | missing) - dropped)
+        for operation, some in (
+            ("authorize_security_group_ingress", missing),
+            ("revoke_security_group_ingress", dropped),
+        ):
+            if some:
+                ranges = [{"CidrIp": cidr, "Description": CLIENT_RULE} for cidr in sorted(some)]
+                permission = {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": ranges}
+                ec2.write(operation, resource, GroupId=group, IpPermissions=[permission])
+
+    def _note_clients(self, resource: str, have: set[str], want: set[str]) -> None:
+        before, after = ({"clients": sorted(cidrs) or None} for cidrs in (have, want))
+        self.changes.update(resource, before, after)
 
     def _update_config(self, **config: Any) -> None:
         update = self.api.write(
@@ -536,6 +567,7 @@ def main() -> None:
             "endpoint_public_access": {"type": "bool", "default": True},
             "endpoint_private_access": {"type": "bool", "default": True},
             "public_access_cidrs": {"type": "list", "elements": "str", "default": ["0.0.0.0/0"]},
+            "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "service_ipv4_cidr": {"type": "str", "default": ""},
             "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
             "encryption_key_arn": {"type": "str", "default": "", "no_log": False},

@@ -22,6 +22,22 @@ options:
     type: list
     elements: str
     default: []
+  required:
+    description: >-
+      Whether the module fails where an EKS cluster is there and its API server is not reached, with the reason - a
+      private endpoint and a machine outside, networks that do not hold this machine, a name that does not resolve, a
+      refused connection, a principal that the cluster does not know.
+    type: bool
+    default: false
+  client_cidrs:
+    description: Networks that the private endpoint admits, by which O(required) tells inside from outside.
+    type: list
+    elements: str
+    default: []
+  address_url:
+    description: Where this machine learns its address on the internet. Empty asks nobody.
+    type: str
+    default: ""
 extends_documentation_fragment:
   - amazon.aws.common.modules
   - amazon.aws.region.modules
@@ -59,12 +75,49 @@ version:
   returned: always
 """
 
+import contextlib
 from typing import Any
 
-from ansible.module_utils.kube_api import Cluster, KubeError, connection_from_environment, forget_temporary
-from ansible.module_utils.rayplane_aws import Api, Changes, run
+from ansible.module_utils.kube_api import (
+    Cluster,
+    Connection,
+    KubeError,
+    connection_from_environment,
+    forget_temporary,
+)
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run, wait_until
 from ansible.module_utils.rayplane_eks import find_cluster
+from ansible.module_utils.rayplane_reach import explain, kind_of
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+
+# The name of a new endpoint takes a moment to be known everywhere; nothing else gets better by waiting.
+_NAME_SECONDS = 60
+
+
+def require(module: Any, cluster: dict[str, Any], connection: Connection) -> dict[str, Any]:
+    """Return the server's version; raise PlatformError that says why it is not reached."""
+    found: dict[str, Any] = {}
+
+    def probe() -> tuple[bool, str]:
+        try:
+            client = Cluster(connection, timeout=20, retries=0)
+            # Who may not discover is not known to the cluster; the version is told to everybody.
+            client.request("GET", "/api")
+            found["version"] = client.request("GET", "/version").get("gitVersion", "")
+        except KubeError as error:
+            found["error"] = error
+            return kind_of(error) != "dns", str(error)
+        found.pop("error", None)
+        return True, "answers"
+
+    with contextlib.suppress(PlatformError):
+        wait_until("the API server's name", probe, _NAME_SECONDS, delay=5)
+    if "error" in found:
+        access = cluster.get("resourcesVpcConfig", {})
+        params = module.params
+        why = explain(connection.server, found["error"], access, params["client_cidrs"], params["address_url"])
+        raise PlatformError(f"cluster {cluster['name']}: {why}")
+    return found
 
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
@@ -82,9 +135,15 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
         facts["server"] = connection.server
         if name and connection.server not in [server.rstrip("/") for server in own]:
             why = f"the kubeconfig leads to {connection.server}, the API server of {name} is {own[0] or 'not known'}"
+            if module.params["required"]:
+                raise PlatformError(f"{why}: write it again (--tags kubeconfig)")
             return {**facts, "reason": why}
+        if name and module.params["required"]:
+            return {**facts, **require(module, found, connection), "reachable": True}
         answer = Cluster(connection, timeout=20).request("GET", "/version")
     except (KubeError, OSError, KeyError, ValueError) as error:
+        if module.params["required"]:
+            raise PlatformError(str(error)) from error
         return {**facts, "reason": str(error)}
     finally:
         forget_temporary()
@@ -97,6 +156,9 @@ def main() -> None:
         argument_spec={
             "cluster_name": {"type": "str", "default": ""},
             "servers": {"type": "list", "elements": "str", "default": []},
+            "required": {"type": "bool", "default": False},
+            "client_cidrs": {"type": "list", "elements": "str", "default": []},
+            "address_url": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )

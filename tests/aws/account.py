@@ -82,6 +82,9 @@ class Account:
             "platform_aws_access_key_id": self.number,
             "platform_aws_secret_access_key": "test",
             "platform_aws_endpoint_url": self.endpoint,
+            # Outside dev it is demanded; nobody is asked for this machine's own address.
+            "eks_endpoint_public_cidrs": ["8.8.8.0/24"],
+            "platform_address_url": "",
             # Preflight looks for the tools of all stages; those of Kubernetes do not run here.
             "autoscaler_helm": sys.executable,
             "kuberay_kubectl": sys.executable,

@@ -496,7 +496,7 @@ def test_volumes_stay_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("module_of", [k8s_release_cloud, k8s_api_probe])
 def test_only_the_cluster_that_goes_is_touched(monkeypatch: pytest.MonkeyPatch, module_of: Any) -> None:
     account = Account()
-    params = {"cluster_name": "c1", "servers": [], "volumes": True, "wait_timeout": 1}
+    params = {"cluster_name": "c1", "servers": [], "required": False, "volumes": True, "wait_timeout": 1}
     module = SimpleNamespace(params=params, client=account.clients.__getitem__)
     asked: list[str] = []
 

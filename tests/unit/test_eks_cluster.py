@@ -19,6 +19,7 @@ PARAMS = {
     "endpoint_public_access": True,
     "endpoint_private_access": True,
     "public_access_cidrs": ["0.0.0.0/0"],
+    "private_access_cidrs": [],
     "service_ipv4_cidr": "",
     "log_types": ["api", "audit"],
     "encryption_key_arn": "",
@@ -312,11 +313,11 @@ def test_deletion_in_check_mode_deletes_nothing() -> None:
     assert eks.client.writes() == []
 
 
-def test_nothing_to_do_takes_one_call() -> None:
+def test_nothing_to_do_takes_one_call_of_each_service() -> None:
     eks = FakeEks()
     converge(eks)
     assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
-    assert eks.ec2.calls == []
+    assert [name for name, _ in eks.ec2.calls] == ["describe_security_groups"]
 
 
 def test_nodes_left_behind_by_an_earlier_upgrade_hold_the_next_one() -> None:
