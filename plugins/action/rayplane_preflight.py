@@ -61,14 +61,14 @@ SCOPES = ("declared", "live", "all")
 
 #: Roles of one platform only; every other role serves all of them.
 PLATFORM_ROLES = {
-    **dict.fromkeys(("encryption", "network", "storage", "eks", "cost"), "aws"),
+    **dict.fromkeys(("account", "encryption", "network", "storage", "eks", "cost"), "aws"),
     **{"gke": "gcp", "aks": "azure"},
 }
 #: Roles that only hosts of a group use.
 GROUP_ROLES = {"local_platform": "embedded"}
 #: Facts that roles hand to each other, under their own prefix.
 FACTS = (
-    *("eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
+    *("account_bucket_suffix", "account_id", "eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
     *(
         "network_client_cidrs",
         "network_flow_log_pending",

@@ -150,14 +150,15 @@ def test_the_vpc_that_exists_is_used(built: Built) -> None:
     account = built.setup.accounts[ADOPTED]
     counts = account.counts()
     assert (counts["VPC"], counts["internet gateway"], counts["VPC peering"]) == (2, 1, 1)
-    replicas = account.client("s3").get_bucket_replication(Bucket=f"{ADOPTED}-models")
+    replicas = account.client("s3").get_bucket_replication(Bucket=f"{ADOPTED}-models-{account.number}-{account.region}")
     assert replicas["ReplicationConfiguration"]["Rules"][0]["Status"] == "Enabled"
 
 
 def test_flow_logs_reach_the_logs_bucket_from_the_first_deployment(built: Built) -> None:
     assert built.first.actions(ADOPTED).count(f"create flow log {ADOPTED}") == 1
-    (log,) = built.setup.accounts[ADOPTED].owned("flow log", ADOPTED)
-    assert log["LogDestination"] == f"arn:aws:s3:::{ADOPTED}-logs/flow-logs"
+    account = built.setup.accounts[ADOPTED]
+    (log,) = account.owned("flow log", ADOPTED)
+    assert log["LogDestination"] == f"arn:aws:s3:::{ADOPTED}-logs-{account.number}-{account.region}/flow-logs"
 
 
 def test_switching_it_off_removes_it(built: Built, playbook: Playbook) -> None:
