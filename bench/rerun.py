@@ -225,6 +225,8 @@ class Ours:
             "kuberay_kubectl": sys.executable,
             "eks_endpoint_public_cidrs": ["8.8.8.0/24"],
             "platform_address_url": "",
+            "platform_hub_url": "",
+            "secrets_hugging_face_token": f"hf_{'a' * 34}",
             "verify_kubectl": sys.executable,
             "kuberay_kustomize_source": str(PROJECT),
             "platform_aws_access_key_id": OURS,

@@ -29,6 +29,7 @@ from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible.template import trust_as_template
 
 # On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
 _SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
@@ -37,9 +38,11 @@ if _SHARED_CODE not in ansible.module_utils.__path__:
 
 from ansible.module_utils import rayplane_preflight_access as access
 from ansible.module_utils import rayplane_preflight_environment as environment
+from ansible.module_utils import rayplane_preflight_hub as hub
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
 from ansible.module_utils.rayplane_preflight_images import check_images
+from ansible.module_utils.rayplane_preflight_account import STAND_IN
 from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
 from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
@@ -68,7 +71,14 @@ PLATFORM_ROLES = {
 GROUP_ROLES = {"local_platform": "embedded"}
 #: Facts that roles hand to each other, under their own prefix.
 FACTS = (
-    *("account_bucket_suffix", "account_id", "eks_cluster", "models_locations", "network_private_subnet_ids", "network_public_subnet_ids"),
+    *(
+        "account_bucket_suffix",
+        "account_id",
+        "eks_cluster",
+        "models_locations",
+        "network_private_subnet_ids",
+        "network_public_subnet_ids",
+    ),
     *(
         "network_client_cidrs",
         "network_flow_log_pending",
@@ -170,6 +180,9 @@ class _Cluster:
             self._known |= set(action._loader.load_from_file(str(file)) or {})
         # Another role's defaults are no variables of this play, and templates of the inventory may name them.
         self._raw: dict[str, Any] = {**defaults, **variables}
+        if variables.get("platform") == "aws":
+            # The account is asked for later; names are as long with another's number.
+            self._raw.setdefault("account_bucket_suffix", trust_as_template(f"-{STAND_IN}-{{{{ platform_region }}}}"))
         self._templar = action._templar.copy_with_new_env(available_variables=self._raw)
         self._values: dict[str, Any] = {}
         self._broken: dict[str, Problem] = {}
@@ -219,7 +232,7 @@ class _Cluster:
                 _text(values.get("platform_aws_profile")),
                 _text(values.get("platform_region")),
                 _text(values.get("platform_aws_endpoint_url")),
-                _text(values.get("platform_cluster_name")),
+                values,
             )
             yield from access.check_own_address(values)
         if platform not in PLATFORMS:
@@ -230,6 +243,7 @@ class _Cluster:
         # A kubeconfig that the deployment itself writes may be another cluster's until then.
         if given and not problems and ask_cluster:
             yield from live.check_cluster(path, context)
+        yield from hub.check_hub(values)
         yield from live.check_model_folders(values.get("rayservice_models"))
         if "embedded" not in self._variables.get("group_names", ()):
             yield from check_images(values)

@@ -21,7 +21,7 @@ def is_ours(answer: Mapping[str, Any] | None, cluster: str) -> bool:
 
 
 def bucket_suffix(s3: Any, old: Iterable[str], cluster: str, account: str, region: str) -> str:
-    """What the names of a cluster's buckets end with: account and region, or nothing where one of the old names is ours.
+    """What the names of a cluster's buckets end with: account and region, or nothing where an old name is ours.
 
     ``s3`` is called as an ``Api`` is. Earlier releases named buckets by the cluster alone.
     """

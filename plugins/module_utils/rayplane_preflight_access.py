@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings
 from ansible.module_utils.rayplane_reach import admitted, own_address
 
-__all__ = ["OPEN_ENVIRONMENTS", "administrators", "api_access", "check_own_address"]
+__all__ = ["OPEN_ENVIRONMENTS", "administrators", "api_access", "check_own_address", "is_administrator"]
 
 PUBLIC = "eks_endpoint_public_cidrs"
 PRIVATE = "eks_endpoint_private_cidrs"
@@ -144,17 +144,23 @@ def check_own_address(values: Values) -> Iterator[Problem]:
         )
 
 
+def is_administrator(entry: Mapping[str, Any]) -> bool:
+    """Whether an access entry has the policy of cluster administrators."""
+    policies = entry.get("policies")
+    return any(
+        isinstance(one, Mapping) and str(one.get("policy")).rpartition("/")[2] == _ADMIN_POLICY
+        for one in (policies if isinstance(policies, list) else ())
+    )
+
+
 def administrators(values: Values) -> Iterator[Problem]:
     """Somebody will be allowed to deploy into the cluster: who makes it, or an access entry."""
     if values.get("platform") != "aws" or values.get("eks_creator_is_admin") is not False:
         return
     if values.get("eks_authentication_mode") == "CONFIG_MAP" or values.get("kubeconfig_source") == "given":
         return
-    for _, entry in entries_of(values, "eks_access_entries"):
-        policies: Any = entry.get("policies") or []
-        names = [str(one.get("policy") if isinstance(one, dict) else one).rpartition("/")[2] for one in policies]
-        if _ADMIN_POLICY in names:
-            return
+    if any(is_administrator(entry) for _, entry in entries_of(values, "eks_access_entries")):
+        return
     yield Problem(
         "eks_access_entries",
         values.get("eks_access_entries") or [],

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from ansible.module_utils.kube_api import ApiError, Cluster, KubeError, connection_from_environment, forget_temporary
 from ansible.module_utils.rayplane_aws import OWNER_TAG, REGION_TAG, tag_dict
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
+from ansible.module_utils.rayplane_preflight_account import check_account
+from ansible.module_utils.rayplane_preflight_values import Values
 
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
 
@@ -29,9 +32,9 @@ _CREDENTIAL_CURES = {
 
 
 def check_aws(
-    environment: Mapping[str, str], profile: str, region: str, endpoint: str, cluster: str = ""
+    environment: Mapping[str, str], profile: str, region: str, endpoint: str, values: Values | None = None
 ) -> Iterator[Problem]:
-    """AWS takes the credentials, the region is one, and the cluster of this name does not stand in another.
+    """AWS takes the credentials, the region is one, and the account has what the cluster of ``values`` needs there.
 
     ``environment`` is what modules get beside our own.
     """
@@ -54,15 +57,19 @@ def check_aws(
             aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY") or None,
             aws_session_token=environment.get("AWS_SESSION_TOKEN") or None,
         )
-        yield from _region(session, region)
+        unknown = list(_region(session, region))
+        yield from unknown
         settings: dict[str, Any] = {
             "config": config,
             "region_name": region or "us-east-1",
             "endpoint_url": endpoint or None,
         }
-        session.client("sts", **settings).get_caller_identity()
-        if cluster and region:
-            yield from _elsewhere(session.client("iam", **settings), region, cluster)
+        client = functools.cache(lambda service: session.client(service, **settings))
+        identity = client("sts").get_caller_identity()
+        cluster = (values or {}).get("platform_cluster_name")
+        if values and isinstance(cluster, str) and region and not unknown:
+            yield from _elsewhere(client("iam"), region, cluster)
+            yield from check_account(client, identity, region, values)
     except errors.ProfileNotFound:
         yield _unknown_profile(profile)
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:

@@ -149,7 +149,15 @@ def buckets(values: Values) -> Iterator[Problem]:
     all_names = ("platform_models_bucket", "platform_datasets_bucket", "platform_logs_bucket")
     names = [name for name in all_names if isinstance(values.get(name), str)]
     for name in names:
-        if found := bucket_name_problem(values[name]):
+        suffix = values.get("platform_bucket_suffix") or " "
+        if len(values[name]) > 63 and values[name].endswith(suffix):
+            yield Problem(
+                name,
+                values[name],
+                f"with account and region ({suffix}) it has {len(values[name])} characters, and S3 takes 63",
+                f"shorten platform_cluster_name by {len(values[name]) - 63}, or name the bucket here",
+            )
+        elif found := bucket_name_problem(values[name]):
             yield Problem(name, values[name], found[0], found[1])
         elif "." in values[name]:
             yield Problem(

@@ -85,6 +85,9 @@ class Account:
             # Outside dev it is demanded; nobody is asked for this machine's own address.
             "eks_endpoint_public_cidrs": ["8.8.8.0/24"],
             "platform_address_url": "",
+            # No hub is asked; production's models are gated.
+            "platform_hub_url": "",
+            "secrets_hugging_face_token": f"hf_{'a' * 34}",
             # Preflight looks for the tools of all stages; those of Kubernetes do not run here.
             "autoscaler_helm": sys.executable,
             "kuberay_kubectl": sys.executable,

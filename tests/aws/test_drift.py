@@ -146,9 +146,9 @@ def an_inline_policy_deleted(account: Account) -> None:
     account.client("iam").delete_role_policy(RoleName=f"{NAME}-models-reader", PolicyName="read-models")
 
 
-@change((f"cluster {NAME}", "endpointPublicAccess"))
+@change((f"cluster {NAME}", "publicAccessCidrs"))
 def the_api_server_opened(account: Account) -> None:
-    access = {"endpointPublicAccess": True}
+    access = {"publicAccessCidrs": [ANYWHERE]}
     account.client("eks").update_cluster_config(name=NAME, resourcesVpcConfig=access)
 
 

@@ -84,6 +84,7 @@ def _validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[
             "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
             "ANSIBLE_NOCOLOR": "1",
             "KUBECONFIG": str(tmp_path / "absent"),
+            "HF_HUB_OFFLINE": "1",
         }
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "playbooks/validate.yml"]
         result = subprocess.run(

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import ministack.app as ministack  # type: ignore[import-not-found,unused-ignore]
+from emulator_account import install as add_account  # type: ignore[import-not-found,unused-ignore]
 from emulator_ec2 import install as add_ec2_networks  # type: ignore[import-not-found,unused-ignore]
 from emulator_eks import install as add_eks_updates  # type: ignore[import-not-found,unused-ignore]
 from hypercorn.asyncio import serve  # type: ignore[import-not-found,unused-ignore]
@@ -98,6 +99,7 @@ async def save_now_and_then() -> None:
 
 async def main(binds: list[str]) -> None:
     """Serve until a signal ends it."""
+    add_account()
     add_ec2_networks()
     add_eks_updates()
     config = Config()

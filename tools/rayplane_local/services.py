@@ -218,7 +218,7 @@ def files(settings: Settings) -> dict[Path, tuple[str, int, str]]:
         # Copies: the processes must not need the checkout that started them.
         **{
             state / "supervisor" / name: (Path(__file__).with_name(name).read_text(), 0o644, "emulator")
-            for name in ("emulator.py", "emulator_ec2.py", "emulator_eks.py")
+            for name in ("emulator.py", "emulator_account.py", "emulator_ec2.py", "emulator_eks.py")
         },
         state / "supervisor" / "supervisord.conf": (supervisor_config(settings), 0o600, "supervisord"),
     }

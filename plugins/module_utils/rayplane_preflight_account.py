@@ -1,0 +1,424 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What an AWS account has to give before money is spent: quotas, machines, names, and the right to deploy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix, is_ours
+from ansible.module_utils.rayplane_aws import OWNER_TAG
+from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight_access import is_administrator
+from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
+
+__all__ = ["STAND_IN", "check_account", "family_of", "unsupported_zone", "vcpus_of"]
+
+#: Stands for the account's number in names that are derived before anybody has been asked.
+STAND_IN = "000000000000"
+
+#: Zones that EKS's control plane does not run in. Source: EKS user guide, "VPC and subnet requirements".
+UNSUPPORTED_ZONES = ("use1-az3", "usw1-az2", "cac1-az3")
+
+#: EC2's quotas, counted in vCPUs: first letters of the families, their name, codes on demand and for spot. Source: the
+#: Service Quotas console; the EC2 user guide, "On-Demand Instance quotas", has the families.
+_QUOTAS = {
+    ("g", "gr", "vt"): ("G and VT", "L-DB2E81BA", "L-3819A6DF"),
+    ("a", "c", "d", "h", "i", "im", "is", "m", "r", "t", "z"): ("Standard", "L-1216C47A", "L-34B43A08"),
+    ("p",): ("P", "L-417A185B", ""),
+    ("inf",): ("Inf", "L-1945791B", "L-B5D1601B"),
+    ("trn",): ("Trn", "L-2C3B7624", "L-6B0D517C"),
+}
+_SMALL = {"nano": 2, "micro": 2, "small": 2, "medium": 1, "large": 2, "xlarge": 4}
+
+
+@dataclass(frozen=True)
+class Quota:
+    """One of EC2's quotas."""
+
+    name: str
+    code: str
+    letters: tuple[str, ...]
+    spot: bool
+
+
+def family_of(instance_type: str, spot: bool) -> Quota | None:
+    """The quota that a machine counts against; None where its family is not in the table."""
+    match = re.match(r"([a-z]+)\d", instance_type)
+    for letters, (name, on_demand, for_spot) in _QUOTAS.items():
+        code = for_spot if spot else on_demand
+        if match and match[1] in letters and code:
+            long = f"All {name} Spot Instance Requests" if spot else f"Running On-Demand {name} instances"
+            return Quota(long, code, letters, spot)
+    return None
+
+
+def vcpus_of(instance_type: str) -> int | None:
+    """vCPUs of one machine by the name of its size; None for bare metal and names of another form."""
+    family, _, size = instance_type.partition(".")
+    if match := re.fullmatch(r"(?:metal-)?(\d+)xl(?:arge)?", size):
+        return 4 * int(match[1])
+    if size in ("micro", "nano", "small") and family == "t2":
+        return 1
+    if size == "medium" and family.startswith("t"):
+        return 2
+    return _SMALL.get(size)
+
+
+def unsupported_zone(zone_id: str) -> bool:
+    """Whether EKS refuses subnets of its control plane in a zone."""
+    return zone_id in UNSUPPORTED_ZONES
+
+
+@dataclass(frozen=True)
+class Group:
+    """A node group as far as it costs quota."""
+
+    path: str
+    name: str
+    types: Sequence[str]
+    spot: bool
+    desired: int
+    most: int
+    own_subnets: bool
+
+    def vcpus(self, choose: Callable[[list[int]], int]) -> int:
+        """vCPUs of one node, of the smallest or the largest of its types."""
+        known = [size for kind in self.types if (size := vcpus_of(kind)) is not None]
+        return choose(known) if known else 0
+
+
+def _groups(values: Values) -> list[Group]:
+    found = []
+    for path, group in (*entries_of(values, "eks_node_groups"), *entries_of(values, "eks_extra_node_groups")):
+        types, low, high = group.get("instance_types"), group.get("min_size"), group.get("max_size")
+        desired = group.get("desired_size")
+        if not strings(types) or not types or not whole(high):
+            continue
+        lowest = low if whole(low) else 0
+        found.append(
+            Group(
+                path,
+                str(group.get("name")),
+                types,
+                group.get("capacity_type") == "SPOT",
+                # Capacity that is reserved in blocks is no part of the quotas.
+                0 if group.get("capacity_type") == "CAPACITY_BLOCK" else desired if whole(desired) else lowest,
+                0 if group.get("capacity_type") == "CAPACITY_BLOCK" else high,
+                bool(group.get("subnet_ids")),
+            )
+        )
+    return found
+
+
+class _Asking:
+    """The account's answers; what may not be asked is remembered, and told once."""
+
+    def __init__(self, client: Callable[[str], Any]) -> None:
+        self._client = client
+        self.refused: dict[str, str] = {}
+
+    def read(self, operation: str, resource: str, absent: Sequence[str] = (), **arguments: Any) -> Any:
+        """Call an operation of S3, in the form that ``Api.read`` has."""
+        return self.ask("s3", operation, absent, **arguments)
+
+    def ask(self, service: str, operation: str, absent: Sequence[str] = (), **arguments: Any) -> Any:
+        """Call an operation; None where it is refused, or answered with one of the ``absent`` codes."""
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow to import
+
+        try:
+            client = self._client(service)
+            if client.can_paginate(operation):
+                pages = client.get_paginator(operation).paginate(**arguments)
+                return pages.build_full_result()
+            return getattr(client, operation)(**arguments)
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if code not in absent:
+                self.refused[f"{service}:{_camel(operation)}"] = code
+        except BotoCoreError as error:
+            self.refused[f"{service}:{_camel(operation)}"] = " ".join(str(error).split())
+        return None
+
+
+def _camel(operation: str) -> str:
+    return "".join(part.title() for part in operation.split("_"))
+
+
+def check_account(
+    client: Callable[[str], Any], identity: Mapping[str, Any], region: str, values: Values
+) -> Iterator[Problem]:
+    """Everything that only the account can tell. ``identity`` is STS's answer on the caller."""
+    asking = _Asking(client)
+    account, cluster = str(identity.get("Account", "")), str(values.get("platform_cluster_name") or "")
+    groups = _groups(values)
+    yield from _quotas(asking, groups, region, cluster)
+    yield from _machines(asking, groups, values, region)
+    yield from _buckets(asking, values, cluster, account, region)
+    yield from _administrator(asking, values, cluster, str(identity.get("Arn", "")))
+    if asking.refused:
+        yield Problem(
+            "AWS permissions",
+            sorted(asking.refused),
+            f"what these calls would tell is not known: {'; '.join(sorted(set(asking.refused.values())))}",
+            "allow them to whoever runs preflight, which then finds what AWS would refuse later",
+            warning=True,
+        )
+
+
+# --- quotas ----------------------------------------------------------------------------------------------------------
+
+
+def _quotas(asking: _Asking, groups: Sequence[Group], region: str, cluster: str) -> Iterator[Problem]:
+    by_quota: dict[Quota, list[Group]] = {}
+    for group in groups:
+        # All types of a group are of one kind, or the first is what it starts.
+        quota = family_of(group.types[0], group.spot)
+        if quota and group.most:
+            by_quota.setdefault(quota, []).append(group)
+    for quota, some in by_quota.items():
+        answer = asking.ask("service-quotas", "get_service_quota", ServiceCode="ec2", QuotaCode=quota.code)
+        if answer is None:
+            continue
+        limit = int(answer["Quota"]["Value"])
+        desired = sum(group.desired * group.vcpus(min) for group in some)
+        most = sum(group.most * group.vcpus(max) for group in some)
+        # Machines of the standard families are too many to be looked through.
+        used = 0 if "m" in quota.letters else _used_by_others(asking, quota, cluster)
+        if desired + used > limit:
+            yield _over(quota, some, (limit, used, desired), region, "desired_size")
+        elif most + used > limit:
+            yield _over(quota, some, (limit, used, most), region, "max_size")
+
+
+def _over(quota: Quota, groups: Sequence[Group], numbers: tuple[int, int, int], region: str, bound: str) -> Problem:
+    limit, used, wanted = numbers
+    at_start = bound == "desired_size"
+    group = max(groups, key=lambda one: (one.desired if at_start else one.most) * one.vcpus(max))
+    terms = [
+        f"{one.name}: {one.desired} x {one.vcpus(min)}" if at_start else f"{one.name}: {one.most} x {one.vcpus(max)}"
+        for one in groups
+    ]
+    others = f", of which {used} are in use beside this cluster" if used else ""
+    then = "the groups cannot start" if at_start else "they cannot grow so far"
+    return Problem(
+        f"{group.path}.{bound}",
+        group.desired if at_start else group.most,
+        f"the groups {'begin with' if at_start else 'may reach'} {wanted} vCPUs ({', '.join(terms)}), and the account's"
+        f" quota {quota.code} ({quota.name}) in {region} is {limit}{others}: {then}",
+        "aws service-quotas request-service-quota-increase --service-code ec2"
+        f" --quota-code {quota.code} --region {region} --desired-value {wanted + used}"
+        " (hours to days), or lower the sizes",
+        warning=not at_start,
+    )
+
+
+def _used_by_others(asking: _Asking, quota: Quota, cluster: str) -> int:
+    """vCPUs of a quota that run already and are not this cluster's nodes."""
+    answer = asking.ask(
+        "ec2",
+        "describe_instances",
+        Filters=[
+            {"Name": "instance-state-name", "Values": ["pending", "running"]},
+            {"Name": "instance-type", "Values": [f"{letters}*" for letters in quota.letters]},
+        ],
+    )
+    total = 0
+    for one in (one for each in (answer or {}).get("Reservations", ()) for one in each["Instances"]):
+        tags = {tag["Key"]: tag["Value"] for tag in one.get("Tags", ())}
+        counted = family_of(one["InstanceType"], one.get("InstanceLifecycle") == "spot")
+        if counted != quota or cluster in (tags.get("eks:cluster-name"), tags.get(OWNER_TAG)):
+            continue
+        cpu = one.get("CpuOptions", {})
+        total += cpu.get("CoreCount", 0) * cpu.get("ThreadsPerCore", 1) or vcpus_of(one["InstanceType"]) or 0
+    return total
+
+
+# --- zones and machines ----------------------------------------------------------------------------------------------
+
+
+def _machines(asking: _Asking, groups: Sequence[Group], values: Values, region: str) -> Iterator[Problem]:
+    answer = asking.ask("ec2", "describe_availability_zones")
+    known = {
+        one["ZoneName"]: one.get("ZoneId", "")
+        for one in (answer or {}).get("AvailabilityZones", ())
+        if one.get("ZoneType", "availability-zone") == "availability-zone"
+    }
+    if not known:
+        return
+    variable, names = _zones(asking, values, region)
+    chosen = list(dict.fromkeys(names))
+    good = sorted(name for name, zone_id in known.items() if not unsupported_zone(zone_id))
+    for index, zone in enumerate(chosen):
+        where = f"{variable}[{index}]" if variable == "network_availability_zones" else variable
+        if zone not in known:
+            yield Problem(where, zone, f"this account has no such zone in {region}", f"take some of {', '.join(good)}")
+        elif unsupported_zone(known[zone]):
+            yield Problem(
+                where,
+                zone,
+                f"the zone is {known[zone]} in this account, and EKS runs no control plane there",
+                f"take others of {', '.join(good)}",
+            )
+    types = sorted({kind for group in groups for kind in group.types})
+    offered = _offerings(asking, types) if types else {}
+    if offered is None or not chosen:
+        return
+    for group in groups:
+        if not group.own_subnets:
+            yield from _offered(group, offered, chosen, region)
+
+
+def _zones(asking: _Asking, values: Values, region: str) -> tuple[str, list[str]]:
+    """The zones of the nodes, and the variable they come from."""
+    for variable in ("eks_subnet_ids", "network_existing_private_subnet_ids"):
+        ids = values.get(variable)
+        if strings(ids) and ids:
+            answer = asking.ask("ec2", "describe_subnets", SubnetIds=list(ids))
+            return variable, [one["AvailabilityZone"] for one in (answer or {}).get("Subnets", ())]
+    zones = values.get("network_availability_zones")
+    names = [region + zone if len(zone) == 1 else zone for zone in zones] if strings(zones) else []
+    return "network_availability_zones", names
+
+
+def _offerings(asking: _Asking, types: Sequence[str]) -> dict[str, set[str]] | None:
+    """Where in the region each type is offered."""
+    answer = asking.ask(
+        "ec2",
+        "describe_instance_type_offerings",
+        LocationType="availability-zone",
+        Filters=[{"Name": "instance-type", "Values": list(types)}],
+    )
+    if answer is None:
+        return None
+    found: dict[str, set[str]] = {kind: set() for kind in types}
+    for one in answer.get("InstanceTypeOfferings", ()):
+        found.setdefault(one["InstanceType"], set()).add(one["Location"])
+    return found
+
+
+def _offered(group: Group, offered: Mapping[str, set[str]], chosen: Sequence[str], region: str) -> Iterator[Problem]:
+    for kind in group.types:
+        where, anywhere = f"{group.path}.instance_types", sorted(offered[kind])
+        lacking = [zone for zone in chosen if zone not in offered[kind]]
+        if not anywhere:
+            yield Problem(
+                where,
+                list(group.types),
+                f"AWS offers no {kind} in {region}",
+                "correct the type, or take one that is offered there"
+                f" (aws ec2 describe-instance-type-offerings --region {region})",
+            )
+        elif len(lacking) == len(chosen):
+            yield Problem(
+                where,
+                list(group.types),
+                f"{kind} is offered in none of the zones chosen ({', '.join(chosen)})",
+                f"take zones among {', '.join(anywhere)}, or another type",
+                # Others of the group start in its place.
+                warning=len(group.types) > 1,
+            )
+        elif lacking:
+            yield Problem(
+                where,
+                list(group.types),
+                f"{kind} is not offered in {', '.join(lacking)}: its nodes start in the other zones alone",
+                f"take zones among {', '.join(anywhere)}, or mean it",
+                warning=True,
+            )
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region: str) -> Iterator[Problem]:
+    old = values.get("account_old_buckets")
+    suffix = bucket_suffix(asking, old if strings(old) else (), cluster, account, region)
+    for variable in ("platform_models_bucket", "platform_datasets_bucket", "platform_logs_bucket"):
+        name = values.get(variable)
+        if not isinstance(name, str) or not 3 <= len(name) <= 63:
+            continue
+        name = name.removesuffix(f"-{STAND_IN}-{region}") + (suffix if name.endswith(f"-{STAND_IN}-{region}") else "")
+        taken = ("403", "AccessDenied", "Forbidden")
+        before = dict(asking.refused)
+        found = asking.ask("s3", "head_bucket", ("404", "NoSuchBucket", "NotFound", "301", "400"), Bucket=name)
+        if asking.refused.pop("s3:HeadBucket", "") in taken:
+            asking.refused = before
+            yield Problem(
+                variable,
+                name,
+                "all of AWS shares the names of buckets, and this one belongs to another account or is closed to these"
+                " credentials",
+                "choose another name, or check the credentials",
+            )
+        elif found is not None:
+            answer = asking.ask("s3", "get_bucket_tagging", NOT_READABLE, Bucket=name)
+            owners = {tag["Key"]: tag["Value"] for tag in (answer or {}).get("TagSet", ())}
+            owner = owners.get(OWNER_TAG, cluster)
+            if not is_ours(answer, cluster) and owner != cluster:
+                yield Problem(
+                    variable,
+                    name,
+                    f"the bucket belongs to the cluster {owner} (tag {OWNER_TAG})",
+                    "choose another name",
+                )
+
+
+# --- who deploys -----------------------------------------------------------------------------------------------------
+
+
+def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> Iterator[Problem]:
+    """The caller will be allowed to deploy into the cluster."""
+    if values.get("kubeconfig_source") == "given" or values.get("eks_authentication_mode") == "CONFIG_MAP":
+        return
+    # EKS gives the root user no entry, and asks nobody for it.
+    if not cluster or not arn or arn.endswith(":root") or arn in _declared(values) or _role(arn) in _declared(values):
+        return
+    refused = dict(asking.refused)
+    found = asking.ask("eks", "describe_cluster", ("ResourceNotFoundException",), name=cluster)
+    if asking.refused != refused:
+        return
+    if found is None:
+        if values.get("eks_creator_is_admin") is False:
+            yield Problem(
+                "eks_access_entries",
+                sorted(_declared(values)),
+                f"eks_creator_is_admin is false, and the caller of this run, {_role(arn)}, is no"
+                " administrator: the stages of the cluster will be refused",
+                f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+            )
+        return
+    if (found["cluster"].get("accessConfig") or {}).get("authenticationMode") == "CONFIG_MAP":
+        return
+    entries = asking.ask("eks", "list_access_entries", clusterName=cluster)
+    if entries is not None and not {arn, _role(arn)} & {_bare(one) for one in entries.get("accessEntries", ())}:
+        yield Problem(
+            "eks_access_entries",
+            sorted(_declared(values)),
+            f"the cluster {cluster} was made by somebody else, and the caller of this run, {_role(arn)}, has no access"
+            " entry: the stages of the cluster will be refused",
+            f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+        )
+
+
+def _declared(values: Values) -> set[str]:
+    """The administrators among the entries."""
+    return {
+        _bare(str(entry.get("principal_arn")))
+        for _, entry in entries_of(values, "eks_access_entries")
+        if is_administrator(entry)
+    }
+
+
+def _role(arn: str) -> str:
+    """The role behind an assumed role's ARN; STS leaves its path out."""
+    match = re.fullmatch(r"arn:([\w-]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
+    return f"arn:{match[1]}:iam::{match[2]}:role/{match[3]}" if match else arn
+
+
+def _bare(arn: str) -> str:
+    """A role's ARN without its path."""
+    return re.sub(r"(:role/)(?:.+/)?([^/]+)$", r"\1\2", arn)
