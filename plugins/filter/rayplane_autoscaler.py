@@ -406,11 +406,11 @@ def _node_class(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> Json:
         "subnetSelectorTerms": list(entry.get("subnet_selector_terms") or discovery),
         "securityGroupSelectorTerms": list(entry.get("security_group_selector_terms") or discovery),
         "blockDeviceMappings": devices,
-        # Two hops, so that pods reach the metadata service through the node's bridge; tokens only (IMDSv2).
+        # One hop, which keeps pods from the node's role; tokens only (IMDSv2).
         "metadataOptions": {
             "httpEndpoint": "enabled",
             "httpProtocolIPv6": "disabled",
-            "httpPutResponseHopLimit": int(entry.get("hop_limit", 2)),
+            "httpPutResponseHopLimit": int(entry.get("hop_limit", 1)),
             "httpTokens": "required",
         },
         "detailedMonitoring": bool(entry.get("detailed_monitoring", False)),

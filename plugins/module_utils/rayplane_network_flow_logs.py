@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, PlatformError, sync_tags, wait_until
+from ansible.module_utils.rayplane_aws import OWNER_TAG, PlatformError, wait_until
+from ansible.module_utils.rayplane_log_group import LogGroup
 from ansible.module_utils.rayplane_network_core import Context, Item
 from ansible.module_utils.rayplane_network_roles import ServiceRole
 
@@ -31,6 +32,7 @@ class FlowLogs:
         self.to_bucket: bool = context.params["flow_logs_destination"] == "s3"
         self.group_name = f"/aws/vpc-flow-logs/{context.owner}"
         self.role = ServiceRole(context, f"{context.owner}-flow-logs")
+        self.logs = LogGroup(lambda: context.service("logs"), context.changes, self.group_name, context.owner)
         self.group: Item | None = None
         self.pending = False
 
@@ -41,24 +43,14 @@ class FlowLogs:
         if self.context.params["state"] == "present" and (not self.wanted or self.to_bucket):
             return {}
         self.context.service("logs")
-        return {"flow_log_role": self.role.read, "log_group": self._read_group}
+        return {"flow_log_role": self.role.read, "log_group": self.logs.read}
 
     def take(self, answers: dict[str, Any]) -> None:
         """Remember the answers to `jobs`; read what is left over where flow logs were on and are off now."""
         if "log_group" in answers:
             self.role.found, self.group = answers["flow_log_role"], answers["log_group"]
         elif self._ours():
-            self.role.found, self.group = self.role.read(), self._read_group()
-
-    def _read_group(self) -> Item | None:
-        logs = self.context.service("logs")
-        found = logs.pages("describe_log_groups", "logGroups", self.group_name, logGroupNamePrefix=self.group_name)
-        group: Item | None = next((one for one in found if one["logGroupName"] == self.group_name), None)
-        if group is None:
-            return None
-        arn = group["arn"].removesuffix(":*")
-        answer = logs.read("list_tags_for_resource", f"log group {self.group_name}", resourceArn=arn)
-        return {**group, "arn": arn, "tags": answer["tags"]}
+            self.role.found, self.group = self.role.read(), self.logs.read()
 
     def _ours(self) -> list[Item]:
         return [one for one in self.context.view.flow_logs if self.context.ours(one)]
@@ -225,33 +217,9 @@ class FlowLogs:
         return str(self.role.present(f"Flow logs of {context.owner}", trust, policy))
 
     def _log_group(self) -> None:
-        context = self.context
-        logs = context.service("logs")
-        resource = f"log group {self.group_name}"
-        days, key = context.params["flow_logs_retention_days"], context.params["flow_logs_kms_key_arn"]
-        tags = {str(name): str(value) for name, value in context.params["tags"].items()} | {OWNER_TAG: context.owner}
-        if self.group is None:
-            context.changes.create(resource, {"retention_days": days, "kms_key": key or None, "tags": tags})
-            logs.write(
-                "create_log_group",
-                resource,
-                logGroupName=self.group_name,
-                tags=tags,
-                **({"kmsKeyId": key} if key else {}),
-            )
-            logs.write("put_retention_policy", resource, logGroupName=self.group_name, retentionInDays=days)
-            return
-        have = {"retention_days": self.group.get("retentionInDays")}
-        if context.changes.update(resource, have, {"retention_days": days}):
-            logs.write("put_retention_policy", resource, logGroupName=self.group_name, retentionInDays=days)
-        if context.changes.update(resource, {"kms_key": self.group.get("kmsKeyId")}, {"kms_key": key or None}):
-            if key:
-                logs.write("associate_kms_key", resource, logGroupName=self.group_name, kmsKeyId=key)
-            else:
-                logs.write("disassociate_kms_key", resource, logGroupName=self.group_name)
-        lacking = sync_tags(context.changes, resource, self.group["tags"], tags)
-        if lacking:
-            logs.write("tag_resource", resource, resourceArn=self.group["arn"], tags=lacking)
+        params = self.context.params
+        days, key = params["flow_logs_retention_days"], params["flow_logs_kms_key_arn"]
+        self.logs.keep(self.group, days, key, params["tags"])
 
     # The way down
 

@@ -237,6 +237,8 @@ def _access_and_logs(values: Values) -> Iterator[Problem]:
             "name your own networks, or use network_admin_access: ssm, which opens no port",
             warning=True,
         )
+    if values.get("eks_log_types"):
+        yield from _retention("eks_log_retention_days", values.get("eks_log_retention_days"))
     if values.get("network_flow_logs") is not True:
         return
     bucket, own = values.get("network_flow_logs_bucket"), values.get("platform_logs_bucket")
@@ -249,15 +251,13 @@ def _access_and_logs(values: Values) -> Iterator[Problem]:
             "flow logs go to the logs bucket (network_flow_logs_destination), which does not admit them",
             "add vended_logs, or set network_flow_logs_destination to cloudwatch",
         )
-    days = values.get("network_flow_logs_retention_days")
+    yield from _retention("network_flow_logs_retention_days", values.get("network_flow_logs_retention_days"))
+
+
+def _retention(variable: str, days: Any) -> Iterator[Problem]:
     if whole(days) and days not in _RETENTION:
         nearest_days = min(_RETENTION, key=lambda known: abs(known - days))
-        yield Problem(
-            "network_flow_logs_retention_days",
-            days,
-            "CloudWatch Logs does not know this retention",
-            f"write {nearest_days}",
-        )
+        yield Problem(variable, days, "CloudWatch Logs does not know this retention", f"write {nearest_days}")
 
 
 def _cidrs(variable: str, blocks: Any, single: bool = False) -> Iterator[Problem]:

@@ -50,13 +50,20 @@ options:
       users:
         description: >-
           Whom the key's policy lets use it, beside those of the account to whom IAM gives it. V(logs) is CloudWatch
-          Logs, V(autoscaling) the service-linked role that starts nodes with encrypted disks, V(ebs) everybody of the
-          account who works with EBS volumes (as with AWS's own key), V(log_delivery) services that write logs into
+          Logs, V(autoscaling) the service-linked role that starts nodes with encrypted disks, V(ebs) the
+          roles of O(keys[].volume_roles), through EBS, V(log_delivery) services that write logs into
           buckets, V(events) EventBridge, for queues.
         type: list
         elements: str
         choices: [logs, autoscaling, ebs, log_delivery, events]
         default: [logs, autoscaling, ebs]
+      volume_roles:
+        description: >-
+          Names of the account's roles that V(ebs) lets use the key through EBS, with the path of each; C(*) stands for
+          any text. Empty lets everybody of the account who works with volumes.
+        type: list
+        elements: str
+        default: []
       policy_statements:
         description: Further statements of the key's policy.
         type: list
@@ -383,6 +390,8 @@ class Keys:
         root = f"arn:{partition}:iam::{account}:root"
         scaling = f"arn:{partition}:iam::{account}:role/aws-service-role/autoscaling.amazonaws.com"
         scaling += "/AWSServiceRoleForAutoScaling"
+        # By condition and not as principals, which would have to exist before the key.
+        volumes = [f"arn:{partition}:iam::{account}:role/{name}" for name in key["volume_roles"]]
         statements: dict[str, list[Json]] = {
             "logs": [
                 {
@@ -414,7 +423,8 @@ class Keys:
                         "StringEquals": {
                             "kms:CallerAccount": account,
                             "kms:ViaService": f"ec2.{region}.amazonaws.com",
-                        }
+                        },
+                        **({"ArnLike": {"aws:PrincipalArn": volumes}} if volumes else {}),
                     },
                 }
             ],
@@ -526,6 +536,7 @@ def main() -> None:
             "choices": ["logs", "autoscaling", "ebs", "log_delivery", "events"],
             "default": ["logs", "autoscaling", "ebs"],
         },
+        "volume_roles": {"type": "list", "elements": "str", "default": []},
         "policy_statements": {"type": "list", "elements": "dict", "default": []},
     }
     module = AnsibleAWSModule(

@@ -75,6 +75,16 @@ options:
     elements: str
     choices: [api, audit, authenticator, controllerManager, scheduler]
     default: []
+  log_retention_days:
+    description: >-
+      Days that the log group of the control plane keeps what it is sent. The group is made before the cluster, which
+      would make one that keeps everything for ever without a key; one that is there is taken over.
+    type: int
+    default: 90
+  log_kms_key_arn:
+    description: KMS key that encrypts the log group; empty takes AWS's own key.
+    type: str
+    default: ""
   encryption_key_arn:
     description: KMS key that encrypts Kubernetes Secrets. It can be set once and never changed.
     type: str
@@ -153,6 +163,7 @@ cluster:
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from ansible.module_utils.rayplane_aws import (
@@ -168,6 +179,7 @@ from ansible.module_utils.rayplane_aws import (
     wait_until,
 )
 from ansible.module_utils.rayplane_eks import ABSENT, concurrently, find_cluster, minor, retag, wait_for_update
+from ansible.module_utils.rayplane_log_group import LogGroup
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 # Nodes may be at most this many minor versions behind the control plane (Kubernetes version skew policy).
@@ -183,12 +195,12 @@ LOG_TYPES = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
 class Cluster:
     """One control plane: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, ec2: Callable[[], Api]) -> None:
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, service: Callable[[str], Api]) -> None:
         self.params = params
         self.api = api
         self.changes = changes
         # Asked for only where it is needed: a client costs a tenth of a second.
-        self.ec2 = ec2
+        self.service = service
         self.name: str = params["name"]
         self.resource = f"cluster {self.name}"
         self.tags = {str(key): str(value) for key, value in params["tags"].items()} | {OWNER_TAG: self.name}
@@ -283,6 +295,13 @@ class Cluster:
         found: dict[str, Any] | None = answer["nodegroup"] if answer else None
         return found
 
+    def _keep_log_group(self) -> None:
+        params = self.params
+        if params["log_types"]:
+            name = f"/aws/eks/{self.name}/cluster"
+            group = LogGroup(lambda: self.service("logs"), self.changes, name, self.name)
+            group.keep(group.read(), params["log_retention_days"], params["log_kms_key_arn"], params["tags"])
+
     def _create(self) -> None:
         params = self.params
         missing = [name for name in ("role_arn", "subnet_ids") if not params[name]]
@@ -313,6 +332,7 @@ class Cluster:
             "tags": self.tags,
         }
         wanted = only_given(wanted)
+        self._keep_log_group()
         self.changes.create(self.resource, wanted)
         self.api.write("create_cluster", self.resource, settle=90, name=self.name, **wanted)
         if not self.changes.check_mode:
@@ -322,6 +342,7 @@ class Cluster:
         self._refuse_the_impossible(now)
         self._update_network(now)
         self._update_access_mode(now)
+        self._keep_log_group()
         self._update_logging(now)
         self._update_encryption(now)
         self._update_support(now)
@@ -455,7 +476,7 @@ class Cluster:
             sync_tags(self.changes, resource, {}, tags)
             self._note_clients(resource, set(), cidrs)
             return
-        ec2 = self.ec2()
+        ec2 = self.service("ec2")
         (found,) = ec2.read("describe_security_groups", resource, GroupIds=[group])["SecurityGroups"]
         lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), tags)
         if lacking:
@@ -549,7 +570,7 @@ def facts(cluster: dict[str, Any] | None) -> dict[str, Any]:
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
     eks = Api(module.client("eks"), changes)
-    cluster = Cluster(module.params, eks, changes, lambda: Api(module.client("ec2"), changes))
+    cluster = Cluster(module.params, eks, changes, cache(lambda name: Api(module.client(name), changes)))
     states = {"present": cluster.present, "absent": cluster.absent, "deletable": cluster.deletable}
     return states[module.params["state"]]()
 
@@ -570,6 +591,8 @@ def main() -> None:
             "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "service_ipv4_cidr": {"type": "str", "default": ""},
             "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
+            "log_retention_days": {"type": "int", "default": 90},
+            "log_kms_key_arn": {"type": "str", "default": "", "no_log": False},
             "encryption_key_arn": {"type": "str", "default": "", "no_log": False},
             "authentication_mode": {"type": "str", "choices": MODES, "default": "API"},
             "creator_is_admin": {"type": "bool", "default": True},

@@ -147,6 +147,14 @@ options:
       max_unavailable_percentage:
         description: Share of the nodes replaced at a time, in percent, in place of O(node_groups[].max_unavailable).
         type: int
+      update_strategy:
+        description: >-
+          Whether new nodes come before old ones go (V(DEFAULT)), or old ones go first (V(MINIMAL)), which takes no
+          machine beyond those that are there. Empty takes V(MINIMAL) for GPU and Neuron images, whose machines are
+          scarce and count against small quotas.
+        type: str
+        choices: ["", DEFAULT, MINIMAL]
+        default: ""
       node_repair:
         description: Whether EKS replaces nodes that it finds broken.
         type: bool
@@ -178,7 +186,7 @@ options:
     description: >-
       How many network hops the metadata service's answers live. Pods are the second; 1 keeps them from it.
     type: int
-    default: 2
+    default: 1
   gpu_label:
     description: >-
       Whether nodes of NVIDIA images are labelled C(k8s.amazonaws.com/accelerator), by which the cluster autoscaler
@@ -486,7 +494,7 @@ class NodeGroups(EksSet):
                 },
                 "labels": self._labels(group),
                 "taints": _taints(group),
-                "updateConfig": _update_config(group),
+                "updateConfig": {**_update_config(group), "updateStrategy": _strategy(group)},
                 "nodeRepairConfig": {"enabled": True} if group["node_repair"] else None,
                 "launchTemplate": template,
                 "releaseVersion": group["release_version"],
@@ -511,8 +519,13 @@ class NodeGroups(EksSet):
         config = {**self._scaling(resource, group, now), **self._labels_and_taints(resource, group, now)}
         limits = _update_config(group)
         held = {key: value for key, value in (now.get("updateConfig") or {}).items() if key.startswith("maxUnavail")}
-        if self.changes.update(resource, {"update_limit": held}, {"update_limit": limits}):
-            config["updateConfig"] = limits
+        strategy = (now.get("updateConfig") or {}).get("updateStrategy", "DEFAULT")
+        differs = self.changes.update(resource, {"update_limit": held}, {"update_limit": limits})
+        if (
+            self.changes.update(resource, {"update_strategy": strategy}, {"update_strategy": _strategy(group)})
+            or differs
+        ):
+            config["updateConfig"] = {**limits, "updateStrategy": _strategy(group)}
         repair = bool((now.get("nodeRepairConfig") or {}).get("enabled"))
         if self.changes.update(resource, {"node_repair": repair}, {"node_repair": group["node_repair"]}):
             config["nodeRepairConfig"] = {"enabled": group["node_repair"]}
@@ -612,6 +625,11 @@ def _update_config(group: dict[str, Any]) -> dict[str, int]:
     return {"maxUnavailable": int(group["max_unavailable"])}
 
 
+def _strategy(group: dict[str, Any]) -> str:
+    accelerated = any(word in group["ami_type"] for word in ("NVIDIA", "NEURON"))
+    return str(group["update_strategy"] or ("MINIMAL" if accelerated else "DEFAULT"))
+
+
 def _taints(group: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {"key": taint["key"], "value": taint["value"], "effect": EFFECTS[taint["effect"]]} for taint in group["taints"]
@@ -662,6 +680,7 @@ def argument_spec() -> dict[str, Any]:
         "release_version": {"type": "str", "default": ""},
         "max_unavailable": {"type": "int", "default": 1},
         "max_unavailable_percentage": {"type": "int"},
+        "update_strategy": {"type": "str", "choices": ["", "DEFAULT", "MINIMAL"], "default": ""},
         "node_repair": {"type": "bool", "default": False},
         "tags": {"type": "dict", "default": {}},
     }
@@ -673,7 +692,7 @@ def argument_spec() -> dict[str, Any]:
         "subnet_ids": texts,
         "tags": {"type": "dict", "default": {}},
         "kms_key_arn": {"type": "str", "default": "", "no_log": False},
-        "metadata_hop_limit": {"type": "int", "default": 2},
+        "metadata_hop_limit": {"type": "int", "default": 1},
         "gpu_label": {"type": "bool", "default": True},
         "replace": {"type": "bool", "default": False},
         "force_upgrade": {"type": "bool", "default": False},

@@ -129,9 +129,9 @@ def encryption_changed(account: Account) -> None:
     )
 
 
-@change((f"role {NAME}-node", "policy arn:aws:iam::aws:policy/AmazonEKS_CNI_Policy"))
+@change((f"role {NAME}-node", "policy arn:aws:iam::aws:policy/AmazonEKSWorkerNodePolicy"))
 def a_policy_detached(account: Account) -> None:
-    policy = "arn:aws:iam::aws:policy/AmazonEKS_CNI_Policy"
+    policy = "arn:aws:iam::aws:policy/AmazonEKSWorkerNodePolicy"
     account.client("iam").detach_role_policy(RoleName=f"{NAME}-node", PolicyArn=policy)
 
 

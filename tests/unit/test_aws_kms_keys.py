@@ -127,7 +127,7 @@ def keys(account: FakeAccount, check: bool = False, **options: Any) -> tuple[aws
     plain = {"alias": "c1", "description": "d", "rotation": True, "rotation_days": 365, "policy_statements": []}
     params = {
         "cluster_name": "c1",
-        "keys": [{**plain, "users": ["logs", "autoscaling", "ebs"], **options}],
+        "keys": [{**plain, "users": ["logs", "autoscaling", "ebs"], "volume_roles": [], **options}],
         "tags": {"Team": "x"},
         "pending_days": 30,
         "keep_for_buckets": ["c1-models"],
@@ -180,6 +180,7 @@ def test_the_policy_lets_in_whom_it_names_and_no_others() -> None:
     assert list(statements) == ["Administrators", "CloudWatchLogs", "AutoScaling", "AutoScalingDisks", "Volumes"]
     assert statements["Administrators"]["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:root"}
     assert statements["Volumes"]["Condition"]["StringEquals"]["kms:CallerAccount"] == ACCOUNT
+    assert "ArnLike" not in statements["Volumes"]["Condition"]
     assert statements["CloudWatchLogs"]["Principal"] == {"Service": "logs.us-west-2.amazonaws.com"}
 
 

@@ -22,6 +22,8 @@ PARAMS = {
     "private_access_cidrs": [],
     "service_ipv4_cidr": "",
     "log_types": ["api", "audit"],
+    "log_retention_days": 90,
+    "log_kms_key_arn": "",
     "encryption_key_arn": "",
     "authentication_mode": "API",
     "creator_is_admin": True,
@@ -72,6 +74,19 @@ class FakeEks:
             "ec2",
             describe_security_groups=lambda **_: {"SecurityGroups": [{"GroupId": "sg-1", "Tags": self.group_tags}]},
             create_tags=lambda Tags, **_: self.group_tags.extend(Tags),
+        )
+        self.log_group: dict[str, Any] | None = {
+            "logGroupName": "/aws/eks/c1/cluster",
+            "arn": "arn:logs:c1:*",
+            "retentionInDays": 90,
+        }
+        self.logs = FakeClient(
+            "logs",
+            describe_log_groups=lambda **_: {"logGroups": [self.log_group] if self.log_group else []},
+            list_tags_for_resource=lambda **_: {"tags": PARAMS["tags"] | {"rayplane.io/cluster": "c1"}},
+            create_log_group=lambda **_: {},
+            put_retention_policy=lambda **_: {},
+            associate_kms_key=lambda **_: {},
         )
         self._polls: list[str] = []
         self.client = FakeClient(
@@ -124,7 +139,10 @@ class FakeEks:
 def converge(eks: FakeEks, check: bool = False, **params: Any) -> tuple[dict[str, Any], Changes]:
     changes = Changes(check)
     cluster = eks_cluster.Cluster(
-        {**PARAMS, **params}, Api(eks.client, changes), changes, lambda: Api(eks.ec2, changes)
+        {**PARAMS, **params},
+        Api(eks.client, changes),
+        changes,
+        lambda name: Api(eks.ec2 if name == "ec2" else eks.logs, changes),
     )
     return getattr(cluster, params.get("state", "present"))(), changes
 
@@ -318,6 +336,26 @@ def test_nothing_to_do_takes_one_call_of_each_service() -> None:
     converge(eks)
     assert [name for name, _ in eks.client.calls] == ["describe_cluster"]
     assert [name for name, _ in eks.ec2.calls] == ["describe_security_groups"]
+
+
+@pytest.mark.parametrize(
+    ("group", "types", "key", "calls"),
+    [
+        ("there", ["api"], "", []),
+        ("there", ["api"], "arn:key", ["associate_kms_key"]),
+        ("made by EKS", ["api"], "", ["put_retention_policy"]),
+        ("", ["api"], "arn:key", ["create_log_group", "put_retention_policy"]),
+        ("", [], "arn:key", []),
+    ],
+)
+def test_the_log_group_is_kept_before_logs_come(group: str, types: list[str], key: str, calls: list[str]) -> None:
+    for cluster in ("there", "new"):
+        eks = FakeEks()
+        eks.cluster = eks.cluster if cluster == "there" else None
+        if group != "there":
+            eks.log_group = {"logGroupName": "/aws/eks/c1/cluster", "arn": "arn:logs:c1:*"} if group else None
+        converge(eks, log_types=types, log_kms_key_arn=key)
+        assert [name for name, _ in eks.logs.writes()] == calls
 
 
 def test_nodes_left_behind_by_an_earlier_upgrade_hold_the_next_one() -> None:

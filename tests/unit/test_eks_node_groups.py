@@ -35,6 +35,7 @@ GROUP = {
     "release_version": "",
     "max_unavailable": 1,
     "max_unavailable_percentage": None,
+    "update_strategy": "",
     "node_repair": False,
     "tags": {},
 }
@@ -576,12 +577,14 @@ def test_a_capacity_block_has_its_type_in_the_template() -> None:
 
 
 def test_update_limits_and_repair_are_kept(eks: FakeEks) -> None:
-    assert converge(eks, group(max_unavailable_percentage=33, node_repair=True)).actions == [
+    wanted = group(max_unavailable_percentage=33, node_repair=True, update_strategy="DEFAULT")
+    assert converge(eks, wanted).actions == [
         "update node group gpu: update_limit: {'maxUnavailable': 1} -> {'maxUnavailablePercentage': 33}",
+        "update node group gpu: update_strategy: MINIMAL -> DEFAULT",
         "update node group gpu: node_repair: False -> True",
     ]
     ((_, given),) = eks.client.writes()
-    assert given["updateConfig"] == {"maxUnavailablePercentage": 33}
+    assert given["updateConfig"] == {"maxUnavailablePercentage": 33, "updateStrategy": "DEFAULT"}
     assert given["nodeRepairConfig"] == {"enabled": True}
 
 

@@ -190,7 +190,7 @@ def test_classes_are_encrypted_and_take_tokens_only() -> None:
         "100Gi",
     )
     assert node["metadataOptions"]["httpTokens"] == "required"
-    assert node["metadataOptions"]["httpPutResponseHopLimit"] == 2
+    assert node["metadataOptions"]["httpPutResponseHopLimit"] == 1
     assert node["role"] == "c1-node"
     assert node["subnetSelectorTerms"] == [{"tags": {"karpenter.sh/discovery": "c1"}}]
     assert node["securityGroupSelectorTerms"] == node["subnetSelectorTerms"]

@@ -188,7 +188,7 @@ def test_the_private_endpoint_admits_its_clients(rules: dict[str, str], cidrs: l
     for check in (True, False, False):
         changes = Changes(check)
         cluster = eks_cluster.Cluster(
-            params, Api(FakeClient("eks"), changes), changes, lambda c=changes: Api(group.ec2, c)
+            params, Api(FakeClient("eks"), changes), changes, lambda _, c=changes: Api(group.ec2, c)
         )
         before = dict(group.rules)
         cluster._keep_security_group(now)
