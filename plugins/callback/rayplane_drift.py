@@ -402,7 +402,8 @@ class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
             return
         cluster, answer = result.host.get_name(), result.result
         # Preflight looks at what is declared; that it ran says nothing about what is there.
-        if stage != "preflight":
+        # Neither compares anything.
+        if stage not in ("preflight", "account"):
             self._report.seen(cluster, stage)
         if result.is_changed():
             self._report.changed(cluster, stage, result.task_name, answer)

@@ -138,9 +138,9 @@ class _Asking:
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code not in absent:
-                self.refused[f"{service}:{_camel(operation)}"] = code
+                self.refused[f"{service.replace('-', '')}:{_camel(operation)}"] = code
         except BotoCoreError as error:
-            self.refused[f"{service}:{_camel(operation)}"] = " ".join(str(error).split())
+            self.refused[f"{service.replace('-', '')}:{_camel(operation)}"] = " ".join(str(error).split())
         return None
 
 

@@ -184,6 +184,14 @@ def test_the_policy_lets_in_whom_it_names_and_no_others() -> None:
     assert statements["CloudWatchLogs"]["Principal"] == {"Service": "logs.us-west-2.amazonaws.com"}
 
 
+def test_volumes_are_for_the_roles_that_work_with_them() -> None:
+    account = FakeAccount()
+    keys(account, volume_roles=["c1-ebs-csi"])[0].present()
+    (volumes,) = [one for one in json.loads(account.keys["k1"]["policy"])["Statement"] if one["Sid"] == "Volumes"]
+    roles = [f"arn:aws:iam::{ACCOUNT}:role/c1-ebs-csi"]
+    assert volumes["Condition"]["ArnLike"] == {"aws:PrincipalArn": roles}
+
+
 def retag(account: FakeAccount, key_id: str, tags: Json) -> None:
     account.keys[key_id]["tags"] = [{"TagKey": key, "TagValue": value} for key, value in tags.items()]
 

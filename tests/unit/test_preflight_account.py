@@ -256,7 +256,7 @@ def test_who_deploys_is_an_administrator(
 
 def test_what_may_not_be_asked_is_told_once_and_holds_nothing() -> None:
     (problem,) = Cloud(quota=-1).check()
-    assert problem.warning and problem.value == ["service-quotas:GetServiceQuota"]
+    assert problem.warning and problem.value == ["servicequotas:GetServiceQuota"]
 
 
 def test_names_with_account_and_region_are_measured_before_anybody_is_asked() -> None:
