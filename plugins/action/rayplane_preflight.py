@@ -118,7 +118,10 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         if args["scope"] in ("live", "all"):
             # What is wrong as declared is asked of nobody, and told once.
             wrong = {problem.variable for problem in found if not problem.warning}
-            found.extend(problem for problem in cluster.live(ask_cluster=not wrong) if problem.variable not in wrong)
+            told = [problem for problem in cluster.live(ask_cluster=not wrong) if problem.variable not in wrong]
+            wrong = {problem.variable for problem in told if not problem.warning}
+            # Nor does a warning say again what is a problem.
+            found = [problem for problem in found if not problem.warning or problem.variable not in wrong] + told
         placed = [problem if problem.where else problem.at(cluster.where(problem.variable)) for problem in found]
         return self._report(result, host, placed)
 

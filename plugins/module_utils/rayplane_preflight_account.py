@@ -189,29 +189,27 @@ def _quotas(asking: _Asking, groups: Sequence[Group], region: str, cluster: str)
         # Machines of the standard families are too many to be looked through.
         used = 0 if "m" in quota.letters else _used_by_others(asking, quota, cluster)
         if desired + used > limit:
-            yield _over(quota, some, (limit, used, desired), region, "desired_size")
+            yield _over(quota, some, limit, used, region, at_start=True)
         elif most + used > limit:
-            yield _over(quota, some, (limit, used, most), region, "max_size")
+            yield _over(quota, some, limit, used, region, at_start=False)
 
 
-def _over(quota: Quota, groups: Sequence[Group], numbers: tuple[int, int, int], region: str, bound: str) -> Problem:
-    limit, used, wanted = numbers
-    at_start = bound == "desired_size"
-    group = max(groups, key=lambda one: (one.desired if at_start else one.most) * one.vcpus(max))
-    terms = [
-        f"{one.name}: {one.desired} x {one.vcpus(min)}" if at_start else f"{one.name}: {one.most} x {one.vcpus(max)}"
-        for one in groups
-    ]
+def _over(quota: Quota, groups: Sequence[Group], limit: int, used: int, region: str, *, at_start: bool) -> Problem:
+    bound, choose = ("desired", min) if at_start else ("most", max)
+    counts = [(one, getattr(one, bound), one.vcpus(choose)) for one in groups]
+    group, size, _ = max(counts, key=lambda count: count[1] * count[2])
+    terms = [f"{one.name}: {nodes} x {vcpus}" for one, nodes, vcpus in counts if nodes * vcpus]
     others = f", of which {used} are in use beside this cluster" if used else ""
     then = "the groups cannot start" if at_start else "they cannot grow so far"
+    total = sum(nodes * vcpus for _, nodes, vcpus in counts)
+    enough = used + sum(one.most * one.vcpus(max) for one in groups)
     return Problem(
-        f"{group.path}.{bound}",
-        group.desired if at_start else group.most,
-        f"the groups {'begin with' if at_start else 'may reach'} {wanted} vCPUs ({', '.join(terms)}), and the account's"
-        f" quota {quota.code} ({quota.name}) in {region} is {limit}{others}: {then}",
+        f"{group.path}.{'desired_size' if at_start else 'max_size'}",
+        size,
+        f"the groups {'begin with' if at_start else 'may reach'} {total} vCPUs ({', '.join(terms)}), and the"
+        f" account's quota {quota.code} ({quota.name}) in {region} is {limit}{others}: {then}",
         "aws service-quotas request-service-quota-increase --service-code ec2"
-        f" --quota-code {quota.code} --region {region} --desired-value {wanted + used}"
-        " (hours to days), or lower the sizes",
+        f" --quota-code {quota.code} --region {region} --desired-value {enough} (hours to days), or lower the sizes",
         warning=not at_start,
     )
 

@@ -122,7 +122,7 @@ OURS = {"Tags": [{"Key": "eks:cluster-name", "Value": "c1"}]}
         (32, [], "", ()),
         (31, [], "max_size", ("may reach 32 vCPUs (gpu: 4 x 8)", "is 31", "--desired-value 32")),
         (0, [], "desired_size", ("begin with 16 vCPUs (gpu: 2 x 8)", "L-DB2E81BA (Running On-Demand G and VT", "is 0")),
-        (20, [instance("g5.2xlarge")], "desired_size", ("of which 8 are in use", "--desired-value 24")),
+        (20, [instance("g5.2xlarge")], "desired_size", ("of which 8 are in use", "--desired-value 40")),
         (32, [instance("g5.2xlarge", **OURS), instance("g5.2xlarge", InstanceLifecycle="spot")], "", ()),
     ],
 )
