@@ -41,8 +41,8 @@ from ansible.module_utils import rayplane_preflight_environment as environment
 from ansible.module_utils import rayplane_preflight_hub as hub
 from ansible.module_utils import rayplane_preflight_live as live
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
-from ansible.module_utils.rayplane_preflight_images import check_images
 from ansible.module_utils.rayplane_preflight_account import STAND_IN
+from ansible.module_utils.rayplane_preflight_images import check_images
 from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
 from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
