@@ -160,7 +160,7 @@ class Role(Section, frozen=True):
     )
     #: Upper bound of max_tokens, max_completion_tokens and max_output_tokens; also the default where a request states
     #: none. It is for all answers to a request together: with `n`, `best_of` or several prompts the default is divided
-    #: among them, and a request that asks for more in all is refused.
+    #: among them, and a request that asks for more in all is refused. The default yields to the model's context length.
     max_tokens: int | None = None
     #: Refuse larger values instead of lowering them.
     strict_max_tokens: bool = False

@@ -12,6 +12,7 @@ import msgspec
 
 from . import authorise, request
 from .auth import ANONYMOUS, Caller
+from .bound import default
 from .cache import Entry, Lead
 from .config import Operation, Route
 from .errors import BackendFailed, GatewayError, InvalidRequest, NotFound, PermissionDenied
@@ -43,6 +44,7 @@ class Exchange:
         "_answer",
         "_began",
         "_bodies",
+        "_bound",
         "_first",
         "_form",
         "_headers",
@@ -91,6 +93,8 @@ class Exchange:
         self._send = send
         self._began = time.perf_counter()
         self._bodies = bodies
+        #: The role's bound for a request that states none: a parameter and its value.
+        self._bound: tuple[str, int] | None = None
         self._held = 0
         self._first = 0.0
         self._last = 0.0
@@ -243,15 +247,21 @@ class Exchange:
             raise PermissionDenied(f"The model {self.model} does not offer {operation}.", code="operation_not_offered")
         rewritten = False
         if decoded is not None and changes:
-            decoded = {**decoded, **changes}
-            rewritten = True
+            # What is set beside stated values is the role's default.
+            name = next((name for name in changes if decoded.get(name) is None), "")
+            if name:
+                self._bound = name, changes.pop(name)
+            if changes or name in decoded:
+                decoded = {**decoded, **changes}
+                decoded.pop(name, None)
+                rewritten = True
         self.retain = (
             caller.retain
             and headers.known.get(b"x-rayplane-retain") != b"false"
             and (decoded is None or decoded.get("store") is not False)
         )
         self.stream = decoded is not None and request.flag(decoded, "stream")
-        tokens, cost = self._estimate(route, operation, decoded, body)
+        tokens, cost = self._estimate(route, operation, decoded and self._bounded(decoded), body)
         try:
             self.admission = await runtime.limiter.admit(
                 subjects(policy, caller, self.model, route), tokens=tokens, cost_micro=cost
@@ -282,6 +292,10 @@ class Exchange:
             self.content = {"request": decoded}
             self._sent = []
         await self._through_cache(body, decoded, chain, about)
+
+    def _bounded(self, decoded: dict[str, Any]) -> dict[str, Any]:
+        """The request with the bound that holds for it."""
+        return decoded if self._bound is None else {**decoded, self._bound[0]: self._bound[1]}
 
     async def _filter_request(
         self, chain: Chain, about: About, decoded: dict[str, Any], rewritten: bool
@@ -342,7 +356,7 @@ class Exchange:
                 caller,
                 self.model,
                 operation,
-                decoded,
+                self._bounded(decoded),
                 runtime.answers_version,
                 asked=asked == "use",
                 extra=self._chosen(call),
@@ -401,6 +415,7 @@ class Exchange:
             backend=headers.text(b"x-rayplane-backend") or None if caller.role.choose_backend else None,
             request_id=self._id,
             # Files would be kept there (or deleted), and copies under way must not take the callers' memory.
+            bound=default(operation, *self._bound, decoded) if self._bound and decoded else None,
             shadow=self.retain and operation != "files" and len(body) <= _SHADOWED_BYTES,
         )
 
@@ -413,7 +428,7 @@ class Exchange:
             continuous = all(backends[target.backend].continuous_usage for target in route.backends)
             call.body = request.with_usage(call.body, decoded, continuous)
         if self._trace is not None:
-            call.headers = self._trace.onward(call.headers, operation, self.model, decoded)
+            call.headers = self._trace.onward(call.headers, operation, self.model, decoded and self._bounded(decoded))
         runtime.metrics.overhead(time.perf_counter() - self._began)
         self.reached = True
         try:

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from . import bound as bounds
+from .bound import Bound
 from .client import Header
 from .config import Config, Route
 from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
@@ -31,6 +33,8 @@ MAX_ERROR_BYTES = 256 * 1024
 MAX_SHADOWS = 64
 #: Seconds before the same backend is asked again, doubled each time.
 BACKOFF_S = 0.05
+#: How engines refuse a request that is too long.
+_REFUSALS = frozenset({400, 413, 422})
 _ONE_MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
 
@@ -67,6 +71,8 @@ class Call:
     request_id: str
     #: False: no copy for the shadow backend.
     shadow: bool = True
+    #: What bounds the answer where the request does not: in neither body nor `decoded`, for backends differ in it.
+    bound: Bound | None = None
 
 
 class _Target:
@@ -370,10 +376,24 @@ class Router:
         raise Unavailable(f"No backend of the model {call.route_id} can be reached.", headers={"retry-after": "5"})
 
     async def _attempt(self, pool: Pool, call: Call, bodies: _Bodies, began: float) -> Answer:
-        body = bodies.for_model(pool.backend.model or call.route_id)
-        head = pool.head(call.method, call.path, call.query, call.headers, len(body))
-        self._metrics.backend_entered(pool.name)
-        return await pool.send(head, body, began, model=call.route_id)
+        name = pool.backend.model or call.route_id
+        body = bodies.for_model(name)
+        bound = call.bound and call.bound.within(pool.contexts.get(name, 0))
+        while True:
+            sent = bound.into(body, other=pool.newer_bound) if bound else body
+            head = pool.head(call.method, call.path, call.query, call.headers, len(sent))
+            self._metrics.backend_entered(pool.name)
+            answer = await pool.send(head, sent, began, model=call.route_id)
+            if bound is None or answer.status not in _REFUSALS:
+                return answer
+            # A bound that nobody asked for must not be why a request is refused.
+            refusal = bounds.refusal(await answer.hold(MAX_ERROR_BYTES))
+            if refusal.too_long:
+                bound = bound.after(refusal)
+            elif refusal.unsupported == bound.name and bound.other and not pool.newer_bound:
+                pool.newer_bound = True
+            else:
+                return answer
 
     async def _judge(self, pool: Pool, answer: Answer) -> tuple[bool, bool]:
         """An answer that is an error: whether another attempt is due, and whether this backend may be asked again.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 from urllib.parse import quote, urlsplit
 
+from . import bound
 from .client import BrokenError, ClientError, ConnectError, Connection, Connections, GarbageError, Header, Response
 from .config import Backend
 from .errors import BackendFailed, BackendTimeout, GatewayError, InvalidRequest, Unavailable
@@ -32,6 +33,8 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+#: Bytes of a list of models.
+_MOST_MODELS = 1024 * 1024
 _BROKEN = (ClientError, OSError)
 
 
@@ -65,6 +68,10 @@ class Pool:
         self.health = health
         #: Attempts under way.
         self.in_flight = 0
+        #: Context lengths by model, as the backend's /v1/models told.
+        self.contexts: dict[str, int] = {}
+        #: It takes max_completion_tokens and refuses max_tokens.
+        self.newer_bound = False
         self._ended = ended
         self._retired: Callable[[Pool], None] | None = None
         self._tls: ssl.SSLContext | None = None
@@ -253,7 +260,11 @@ class Pool:
             async with asyncio.timeout(settings.timeout_s):
                 connection = await self._checks.open()
                 response = connection.send(head, b"")
-                await response.first()
+                body = await response.first()
+                while settings.path.endswith("/models") and not response.over and len(body) < _MOST_MODELS:
+                    body += await response.piece()
+            if response.status == 200:
+                self.contexts = bound.contexts(body) or self.contexts
             return "" if 200 <= response.status < 300 else f"status {response.status}"
         except TimeoutError:
             return f"no answer within {settings.timeout_s:g} s"

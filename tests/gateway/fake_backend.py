@@ -78,6 +78,10 @@ class Knobs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     #: Between tokens; answers that are not streamed take it for each of their tokens.
     token_s: float = 0.0
     tokens: int = 8
+    #: The model's context length: a longer request is refused as vLLM 0.29 does it.
+    context: int = 8192
+    #: As OpenAI's newer models: chats take max_completion_tokens and refuse max_tokens.
+    newer_bound: bool = False
     #: The answer's text instead of so many words; its tokens are words with the space before them.
     text: str = ""
     #: The answer's text is the last message's.
@@ -215,10 +219,12 @@ class DieError(Exception):
 class BadRequestError(Exception):
     """An answer in vLLM's shape of errors."""
 
-    def __init__(self, status: int, message: str, type: str = "BadRequestError", param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, type: str = "BadRequestError", param: str | None = None, code: str = ""
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.error = {"error": {"message": message, "type": type, "param": param, "code": status}}
+        self.error = {"error": {"message": message, "type": type, "param": param, "code": code or status}}
 
 
 def text_of(content: Any) -> str:
@@ -296,11 +302,7 @@ class Plan:
         temperature = body.get("temperature")
         if isinstance(temperature, int | float) and not 0 <= temperature <= 2:
             raise BadRequestError(400, f"temperature must be in [0, 2], got {temperature}.", param="temperature")
-        limit = body.get("max_completion_tokens", body.get("max_tokens", body.get("max_output_tokens")))
-        if isinstance(limit, int) and (limit < 1 or limit > 100_000):
-            raise BadRequestError(
-                400, f"max_tokens must be at least 1 and at most 100000, got {limit}.", param="max_tokens"
-            )
+        limit = self.bound(body, knobs)
         self.prompt = count(self.source)
         self.id = format(zlib.crc32(self.source.encode()), "08x") * 4
         self.finish = "stop"
@@ -335,10 +337,56 @@ class Plan:
         self.pieces = (
             re.findall(r"\s*\S+\s*$|\s*\S+", text) if text else [WORDS[i % len(WORDS)] for i in range(knobs.tokens)]
         )
-        if isinstance(limit, int) and limit < len(self.pieces):
+        if limit < len(self.pieces):
             self.pieces = self.pieces[:limit]
             self.finish = "length"
         self.n = body.get("n") if isinstance(body.get("n"), int) else 1
+
+    def bound(self, body: dict[str, Any], knobs: Knobs) -> int:
+        """The most tokens of a choice: what is asked for, within what the longest prompt leaves of the context."""
+        names = {"chat": ("max_completion_tokens", "max_tokens"), "completions": ("max_tokens",)}
+        name, limit = next(
+            (
+                (one, body[one])
+                for one in names.get(self.operation, ("max_output_tokens",))
+                if body.get(one) is not None
+            ),
+            ("", 16 if self.operation == "completions" else None),
+        )
+        if knobs.newer_bound and self.operation == "chat" and "max_tokens" in body:
+            raise BadRequestError(
+                400,
+                "Unsupported parameter: 'max_tokens' is not supported with this model."
+                " Use 'max_completion_tokens' instead.",
+                "invalid_request_error",
+                "max_tokens",
+                "unsupported_parameter",
+            )
+        if isinstance(limit, int) and name and limit < 1:
+            raise BadRequestError(400, f"max_tokens must be at least 1, got {limit}.", param="max_tokens")
+        limit = limit if isinstance(limit, int) else 0
+        context = knobs.context
+        if limit > context:
+            raise BadRequestError(
+                400,
+                f"{name}={limit} cannot be greater than max_model_len=max_total_tokens={context}. Please request fewer"
+                " output tokens.",
+                param=name,
+            )
+        given = body.get("prompt")
+        prompts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [self.source]
+        longest = max(count(text_of(one)) for one in prompts)
+        if longest > context - limit:
+            # The tokenizer stops one token beyond what is allowed.
+            most = context - limit + 1
+            raise BadRequestError(
+                400,
+                f"This model's maximum context length is {context} tokens. However, you requested {limit} output tokens"
+                f" and your prompt contains at least {most} input tokens, for a total of at least {most + limit}"
+                " tokens. Please reduce the length of the input prompt or the number of requested output tokens.",
+                param="input_tokens",
+            )
+        return min(limit or context, context - longest)
 
     @property
     def text(self) -> str:
@@ -743,7 +791,7 @@ class Connection(asyncio.Protocol):
                         "owned_by": "vllm",
                         "root": name,
                         "parent": None,
-                        "max_model_len": 8192,
+                        "max_model_len": knobs.context,
                     }
                     for name in knobs.models or ["fake"]
                 ]
@@ -1039,7 +1087,14 @@ class Connection(asyncio.Protocol):
         body = self.body(request)
         prompt = count(text_of(body.get("prompt")))
         await self.whole(
-            request, {"count": prompt, "max_model_len": 8192, "tokens": list(range(prompt)), "token_strs": None}, 0
+            request,
+            {
+                "count": prompt,
+                "max_model_len": request.knobs.context,
+                "tokens": list(range(prompt)),
+                "token_strs": None,
+            },
+            0,
         )
 
     async def mirror(self, request: Request) -> None:
