@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from .. import config
 from .base import Stage
+from .document import Place
 
 #: Characters that a whole text is looked at in one go; longer ones in parts, so that other requests get their turn.
 BLOCK = 8192
@@ -85,7 +86,18 @@ def cut_escape(piece: str) -> int:
 class ScanStage(Stage):
     """Takes matches of `rules` out of a text, or stops it at the first, or counts them."""
 
-    __slots__ = ("_action", "_closing", "_json", "_pending", "_raw", "_replacement", "_rules", "_seen", "_start")
+    __slots__ = (
+        "_action",
+        "_closing",
+        "_json",
+        "_pending",
+        "_place",
+        "_raw",
+        "_replacement",
+        "_rules",
+        "_seen",
+        "_start",
+    )
 
     def __init__(self, rules: Rules, action: config.Action, replacement: str, *, json: bool = False) -> None:
         super().__init__()
@@ -93,6 +105,7 @@ class ScanStage(Stage):
         self._action = action
         self._replacement = replacement
         self._json = json
+        self._place = Place(json)
         self._pending = ""
         # The text from some characters before the first that has not left: as it is, and as detectors see it.
         self._raw = ""
@@ -139,7 +152,12 @@ class ScanStage(Stage):
         fresh = self._closing is None
         while True:
             if self._closing is not None:
+                begun = start
                 start, ended = self._closing(seen, start, final)
+                self._place.go(raw, begun, start)
+                if ended:
+                    begun, start = start, self._place.whole(raw, start)
+                    self._place.go(raw, begun, start)
                 if not ended:
                     break
                 self._closing = None
@@ -159,17 +177,27 @@ class ScanStage(Stage):
             if best is None or best[0] >= limit:
                 if limit > start:
                     out.append(raw[start:limit])
+                    self._place.go(raw, start, limit)
                     start = limit
                 break
             out.append(raw[start : best[0]])
+            self._place.go(raw, start, best[0])
+            start = best[0]
             detector = rules.detectors[which]
+            if self._action == "redact":
+                new = self._replacement.replace("{kind}", detector.kind)
+                put = self._place.put(raw, *best, new, final)
+                if put is None:
+                    break
+                out.append(put[0])
+                best = start, put[1]
             self.count(detector.kind)
             if self._action == "block":
                 self.blocked = True
                 self._raw = self._seen = self._pending = ""
                 self._start = 0
                 return "".join(out)
-            out.append(self._replacement.replace("{kind}", detector.kind))
+            self._place.go(raw, *best)
             start = best[1]
             self._closing = detector.closing
         cut = max(0, start - rules.context)

@@ -39,9 +39,23 @@ _DOMAIN_PART = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[a-zA-
 # that.
 _CARD = re.compile(
     # Not the decimals of a number.
-    r"[2-6](?<![0-9].)(?<![0-9]\..)(?:[0-9]{12,18}"
+    r"[2-68](?<![0-9].)(?<![0-9]\..)(?:[0-9]{12,18}"
     r"|[0-9]{3}(?:[ .\-\u00a0][0-9]{4}){2}[ .\-\u00a0][0-9]{1,7}"
     r"|[0-9]{3}[ .\-\u00a0][0-9]{6}[ .\-\u00a0][0-9]{4,5})(?![0-9])"
+)
+# Prefixes and lengths of the networks, as they are in use: Visa, Mastercard, American Express, Diners Club, Discover,
+# UnionPay, JCB, Mir, Maestro, RuPay. https://en.wikipedia.org/wiki/Payment_card_number
+_NETWORK = re.compile(
+    r"4[0-9]{12}(?:[0-9]{3}){0,2}"
+    r"|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}"
+    r"|3[47][0-9]{13}"
+    r"|(?:30[0-5][0-9]|3095|3[689][0-9]{2})[0-9]{10}"
+    r"|(?:6011|64[4-9][0-9]|65[0-9]{2})[0-9]{12}"
+    r"|62[0-9]{14}(?:[0-9]{3})?"
+    r"|(?:352[89]|35[3-8][0-9])[0-9]{12}"
+    r"|220[0-4][0-9]{12}"
+    r"|(?:5018|5020|5038|5893|6304|6759|676[1-3])[0-9]{12}(?:[0-9]{3})?"
+    r"|(?:508|60[0-9]|81[0-9]|82[0-9])[0-9]{13}"
 )
 _PHONE = re.compile(
     r"[+(0-9](?<![\w+].)(?:"
@@ -58,6 +72,26 @@ _IPV4 = re.compile(
     r"[0-9](?<![\w.].)(?:(?<=2)5[0-5]|(?<=2)[0-4][0-9]|(?<=1)[0-9][0-9]|[0-9]?)"
     rf"(?:\.{_OCTET}){{3}}(?!\w|\.[0-9])"
 )
+#: Characters before four numbers in which the nearest of these words says what they are.
+_BEHIND = 48
+_SPEAKS = re.compile(
+    r"(?<![^\W_])(?:"
+    r"(?:v|ver|vers|versions?|versionsnummer|releas\w{1,3}|rel|builds?|rev|revision|tags?|firmware|drivers?|treiber"
+    r"|patch\w{0,3}|updat\w{1,3}|(?:up|down)grad\w{1,3}|migrat\w{1,4}|bump\w{0,3}|pinned|install\w{0,4}|requires?"
+    r"|packages?|pakete?|librar(?:y|ies)|sdk|section|chapter|abschnitt|kapitel)"
+    r"|(?P<address>ips?|ipv4|ipaddr\w{0,6}|addr\w{0,6}|adressen?|hosts?|hostname|servers?|clients?|peers?|gateway|router"
+    r"|dns|(?:name)?servers?|resolver|subnet|netmask|network|netzwerk|cidr|proxy|remote|source|src|dst|dest\w{0,7}"
+    r"|ping\w{0,3}|ssh|scp|sftp|ftp|telnet|traceroute|nmap|curl|wget|https?|tcp|udp|bind|listen\w{0,3}|connect\w{0,4}"
+    r"|verbind\w{1,4}|endpoints?|nodes?|machine|rechner|login|logged|inet|interface|forwarded|firewall|\w{0,6}list"
+    r"|block\w{0,3}|banned|routes?|vpn|lan|wan|nat|requests?|access\w{0,3}|visitors?|attack\w{0,3}|user)"
+    r")(?![^\W_])",
+    re.IGNORECASE,
+)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+#: A path's part, a comparison: `Chrome/131.0.0.0`, `name==1.2.3.4`.
+_NO_ADDRESS = re.compile(r"(?:[-@^~<>]|(?<!/)/|[=<>~!]=) ?\Z")
+_PRIVATE_NET = re.compile(r"10\.|192\.168\.|172\.(?:1[6-9]|2[0-9]|3[01])\.|169\.254\.")
+_PORT = re.compile(r":[0-9]{2,5}(?![0-9.])|/[0-9]{1,2}(?![0-9/.])")
 _IPV6 = re.compile(r"[0-9A-Fa-f:](?<![\w:.].)(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,38}(?:\.[0-9.]{5,11})?(?![\w:])")
 _AWS_ID = re.compile(r"A(?<![A-Za-z0-9].)(?:KIA|SIA|ROA|IDA|GPA|NPA|NVA)[A-Z0-9]{16}(?![A-Za-z0-9])")
 _AWS_SECRET = re.compile(
@@ -157,7 +191,7 @@ def _find_email(text: str, position: int) -> tuple[int, int] | None:
 
 def _card(text: str, match: re.Match[str]) -> int:
     digits = match[0].translate(_NO_SEPARATORS)
-    return match.end() if 13 <= len(digits) <= 19 and luhn(digits) else -1
+    return match.end() if _NETWORK.fullmatch(digits) and luhn(digits) else -1
 
 
 def _iban(text: str, match: re.Match[str]) -> int:
@@ -178,7 +212,8 @@ def _ipv6(text: str, match: re.Match[str]) -> int:
     candidate = match[0].rstrip(".")
     if candidate.endswith(":") and not candidate.endswith("::"):
         candidate = candidate[:-1]
-    if candidate.count(":") < 2:
+    # Without a digit it is a name with its scope.
+    if candidate.count(":") < 2 or not any(map(str.isdigit, candidate)):
         return -1
     try:
         packed = socket.inet_pton(socket.AF_INET6, candidate)
@@ -188,7 +223,17 @@ def _ipv6(text: str, match: re.Match[str]) -> int:
 
 
 def _ipv4(text: str, match: re.Match[str]) -> int:
-    return -1 if match[0].startswith("127.") or match[0] == "0.0.0.0" else match.end()  # noqa: S104
+    """Four numbers are an address where something says so, for versions look the same."""
+    start, end = match.span()
+    before = text[max(0, start - _BEHIND) : start]
+    if match[0].startswith("127.") or match[0] == "0.0.0.0" or _NO_ADDRESS.search(before):  # noqa: S104
+        return -1
+    words = list(_SPEAKS.finditer(_CAMEL.sub("_", before)))
+    if words:
+        found = words[-1]["address"] is not None
+    else:
+        found = bool(_PRIVATE_NET.match(match[0]) or _PORT.match(text, end) or before.endswith(("//", "from ")))
+    return end if found else -1
 
 
 def _plain(pattern: re.Pattern[str]) -> Find:
@@ -252,6 +297,7 @@ def _private_closing(text: str, position: int, final: bool) -> tuple[int, bool]:
 # looks at behind it, lies within such a run or ends before the run's end.
 _WORD_TAIL = r"[\w.%+@:'-]+"
 _NUMBER_TAIL = r"[+(0-9][0-9 ().\-/+\u00a0]*"
+_ADDRESS_TAIL = r"[0-9][0-9.]{6,14}(?:[:/][0-9]{0,5})?"
 _IBAN_TAIL = r"[A-Z](?:[A-Z](?:[0-9](?:[0-9][A-Z0-9 \u00a0]*)?)?)?"
 _AWS_TAIL = r"(?<![A-Za-z0-9])(?:[Aa][Ww][Ss]|[Ss]ecret)[\w-]{0,24}[Kk][Ee][Yy][\"'\s:=]+[A-Za-z0-9/+=]*"
 _PRIVATE_TAIL = r"-[A-Z0-9 -]*"
@@ -282,7 +328,7 @@ _BY_KIND: dict[str, tuple[tuple[Detector, ...], tuple[str, ...], str, int]] = {
             Detector("ip_address", _gated(re.compile(r"[0-9]\.[0-9]"), 2, _checked(_IPV4, _ipv4))),
             Detector("ip_address", _gated(re.compile(":"), 4, _checked(_IPV6, _ipv6))),
         ),
-        (_WORD_TAIL,),
+        (_WORD_TAIL, _ADDRESS_TAIL),
         r"[0-9]\.[0-9]|:",
         56,
     ),
@@ -304,7 +350,7 @@ def rules(kinds: list[str]) -> Rules:
         detectors=tuple(detector for detectors, _, _, _ in chosen for detector in detectors),
         undecided=undecided,
         reach=max(reach for _, _, _, reach in chosen),
-        context=3,
+        context=_BEHIND + 1,
         trigger=re.compile("|".join(dict.fromkeys(trigger for _, _, trigger, _ in chosen))),
     )
 
