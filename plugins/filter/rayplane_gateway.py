@@ -52,7 +52,7 @@ OPERATOR = "rayplane-operator"
 _OPERATOR_ROLE: Json = {"models": ["*"], "operations": ["chat", "completions", "models", "admin"]}
 #: Sections that the gateway reads at its start only.
 _AT_START = ("server", "store", "audit", "logging", "tracing")
-_PASSED_ON = ("cache", "filters", "tenants", "logging", "tracing", "open_operations")
+_PASSED_ON = ("cors", "cache", "filters", "tenants", "logging", "tracing", "open_operations")
 #: What a ConfigMap takes, less the room for its own fields.
 _LARGEST_CONFIG = 1_000_000
 #: ConfigMaps of keys alone that a pod looks for. They need not be there, so a pod that runs finds what comes later.

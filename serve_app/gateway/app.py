@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .exchange import Exchange
-from .request import Bodies, Receive, Scope, Send
+from .request import Bodies, Receive, Scope, Send, plain
 from .runtime import Runtime
 
-_PROBES = ("/livez", "/readyz")
+_PROBES = ("/livez", "/readyz", "/health", "/healthz")
 
 
 class Gateway:
-    """Answers OpenAI's API, and the two probes that load balancers ask."""
+    """Answers OpenAI's API, and the probes of load balancers: /livez, and the others for readiness."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -20,6 +20,7 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        scope["path"] = plain(scope["path"])
         if scope["path"] in _PROBES and scope["method"] in ("GET", "HEAD"):
             well = scope["path"] == "/livez" or self._runtime.ready()
             body = b"ok\n" if well else b"not ready\n"

@@ -20,7 +20,7 @@ ANONYMOUS: Final = "anonymous"
 MAX_HEADER_BYTES: Final = 16 * 1024 + 64
 #: Callers of tokens that are remembered.
 MAX_SUBJECTS: Final = 10_000
-_SHOW_HOW: Final = "Send it in the Authorization header (Authorization: Bearer YOUR_KEY)."
+_SHOW_HOW: Final = "Send it in the Authorization header (Authorization: Bearer YOUR_KEY), or in x-api-key or api-key."
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,12 +39,24 @@ class Server(Section, frozen=True):
     drain_delay_s: float = 0.0
     #: A client that takes none of the answer for so long is dropped.
     client_write_timeout_s: float = 60.0
+    #: A stream that is silent for so long gets a comment, which clients pass over and load balancers take for a sign of
+    #: life (theirs cut off after 60 s, commonly). One that has not begun begins with it. 0: never.
+    stream_comment_s: float = 15.0
     #: Seconds that a client has to send a request's line and headers.
     client_head_timeout_s: float = 20.0
     #: Seconds that a client has to send its whole body.
     client_read_timeout_s: float = 30.0
     #: The configuration file is looked at so often.
     reload_interval_s: float = 2.0
+
+
+class Cors(Section, frozen=True):
+    """Pages in browsers that may call the API (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+
+    #: `https://app.example.com`, patterns (`https://*.example.com`), or `*`. None: no page of another origin may.
+    origins: list[str] = msgspec.field(default_factory=list)
+    #: Seconds that a browser remembers what it may.
+    max_age_s: int = 600
 
 
 class Store(Section, frozen=True):
@@ -376,6 +388,7 @@ class Config(Section, frozen=True):
     tenants: dict[str, Limits] = msgspec.field(default_factory=dict)
     backends: dict[str, Backend] = msgspec.field(default_factory=dict)
     routes: dict[str, Route] = msgspec.field(default_factory=dict)
+    cors: Cors = msgspec.field(default_factory=Cors)
     cache: Cache = msgspec.field(default_factory=Cache)
     filters: dict[str, Filter] = msgspec.field(default_factory=dict)
     audit: Audit = msgspec.field(default_factory=Audit)

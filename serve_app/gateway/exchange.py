@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import functools
 import math
 import time
@@ -23,7 +24,7 @@ from .limits import Admission, LimitReached, Used, subjects
 from .request import Bodies, ClientGone, Header, Headers, Receive, Scope, Send
 from .routing import Answer, Call
 from .runtime import Runtime
-from .sse import Events, cut_usage, data, is_done
+from .sse import Events, cut_usage, data, error_of, is_done
 from .tracing import Trace
 from .wire import SCOPE_KEY, WHOLE_KEY, Wire
 
@@ -52,6 +53,7 @@ class Exchange:
         "_id",
         "_input",
         "_last",
+        "_late",
         "_policy",
         "_receive",
         "_runtime",
@@ -59,6 +61,8 @@ class Exchange:
         "_send",
         "_sent",
         "_settled",
+        "_silence",
+        "_spoke",
         "_started",
         "_trace",
         "_watching",
@@ -72,6 +76,7 @@ class Exchange:
         "content",
         "estimated",
         "events",
+        "failed",
         "findings",
         "gone",
         "model",
@@ -98,6 +103,10 @@ class Exchange:
         self._held = 0
         self._first = 0.0
         self._last = 0.0
+        #: An answer that began with a comment: nothing was known of it but that it is a stream.
+        self._late = False
+        self._silence: asyncio.TimerHandle | None = None
+        self._spoke = 0.0
         self._form: request.Form | None = None
         self._headers: Headers | None = None
         self._id = ""
@@ -118,6 +127,8 @@ class Exchange:
         self.content: dict[str, Any] | None = None
         self.estimated = False
         self.events = 0
+        #: The status of what went wrong after the answer had begun.
+        self.failed = 0
         self.findings: list[Finding] = []
         self.gone = False
         self.model = ""
@@ -150,6 +161,7 @@ class Exchange:
             await self._fail(GatewayError("The gateway failed on this request."))
         finally:
             self._unwatch()
+            self._hush()
             try:
                 if self._answer is not None:
                     await self._answer.close()
@@ -166,11 +178,14 @@ class Exchange:
         self._id = "req_" + hex(id(self))[2:]
         headers = self._headers = Headers(scope["headers"])
         self._id = request.request_id(headers)
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers.known and self._cors():
+            await self._preflight()
+            return
         self.operation = operation = request.operation_of(scope["method"], scope["path"])
         runtime.audit.check()
         if runtime.tracing.enabled:
             self._trace = runtime.tracing.begin(scope["method"], scope["path"], headers.known)
-        authorization = headers.known.get(b"authorization")
+        authorization = headers.authorization()
         now = time.time()
         try:
             self.caller = await runtime.authenticator.authenticate(
@@ -431,6 +446,9 @@ class Exchange:
             call.headers = self._trace.onward(call.headers, operation, self.model, decoded and self._bounded(decoded))
         runtime.metrics.overhead(time.perf_counter() - self._began)
         self.reached = True
+        if self.stream and self._policy.config.server.stream_comment_s:
+            self._spoke = time.perf_counter()
+            self._listen()
         try:
             answer = self._answer = await runtime.router.open(call)
         except GatewayError:
@@ -439,6 +457,8 @@ class Exchange:
             raise
         self.backend, self.variant, self.attempts = answer.backend, answer.variant, answer.attempts
         kind = _media_type(answer.headers)
+        if answer.status != 200 or kind != _EVENTS:
+            self._hush()
         # Transcriptions are streamed by a field of their form, which nobody has looked at.
         self.stream = self.stream or (operation == "audio" and kind == _EVENTS)
         if answer.status == 200 and self.stream and kind == _EVENTS:
@@ -450,6 +470,8 @@ class Exchange:
                 about=about,
                 lead=lead,
             )
+        elif self._late:
+            await self._refusal(answer)
         elif self._form is not None and answer.status == 200 and kind != _JSON[1] and chain and chain.has_output:
             await self._transcript(answer, chain, about)
         elif operation in request.CLOSED and kind != _JSON[1]:
@@ -497,6 +519,14 @@ class Exchange:
             )
         await self._start(answer.status, headers)
         await self._body(body, more=False)
+
+    async def _refusal(self, answer: Answer) -> None:
+        """An answer that is no stream, where a stream has begun."""
+        body = await answer.read(MAX_ANSWER)
+        if answer.status < 400:
+            raise BackendFailed("The backend's answer is no stream.")
+        self.code, self.failed, self.usage = "backend_error", answer.status, (0, 0)
+        await self._body(b"data: " + msgspec.json.encode(_decoded(body)) + b"\n\n", more=False)
 
     async def _filter_answer(
         self, chain: Chain, about: About, body: dict[str, Any]
@@ -562,6 +592,10 @@ class Exchange:
             self._time_piece()
             out: list[bytes] = []
             for event in events.feed(piece):
+                failed = error_of(event)
+                if failed and not self.failed:
+                    self.failed, self.code = failed, "backend_error"
+                    answer.failed(failed)
                 if is_done(event):
                     done = True
                 elif counted:
@@ -599,7 +633,7 @@ class Exchange:
             rest = b"".join(held)
         if self.usage is None:
             self.usage = self._guess(0)
-        if lead is not None and kept is not None and done and not (filtered and filtered.findings):
+        if lead is not None and kept is not None and done and not self.failed and not (filtered and filtered.findings):
             await lead.put(
                 Entry(
                     status=200,
@@ -675,12 +709,56 @@ class Exchange:
             self._runtime.metrics.inter_token(self.model, now - self._last)
         self._last = now
 
+    def _listen(self) -> None:
+        every = self._policy.config.server.stream_comment_s
+        late = self._spoke + every - time.perf_counter()
+        if late <= 0:
+            if not self._started:
+                headers = [(b"content-type", _EVENTS), *self._own_headers(), *self._cors()]
+                if self._wire.say({"type": "http.response.start", "status": 200, "headers": headers}):
+                    self._late = self._started = True
+                    self.status = 200
+            if self._started:
+                self._wire.say({"type": "http.response.body", "body": b": \n\n", "more_body": True})
+            self._spoke = time.perf_counter()
+            late = every
+        self._silence = asyncio.get_running_loop().call_later(late, self._listen)
+
+    def _hush(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+
     def _guess(self, size: int) -> tuple[int, int]:
         """Tokens where the backend told none: an event is about a token."""
         self.estimated = True
         return self._input, self.events or size // request.BYTES_PER_TOKEN
 
     # --- what the caller gets
+
+    def _cors(self) -> list[Header]:
+        """What lets a page of the caller's origin read the answer; nothing where it may not."""
+        origins = self._policy.config.cors.origins
+        origin = self._headers.known.get(b"origin") if origins and self._headers is not None else None
+        if origin is None or not any(fnmatch.fnmatchcase(origin.decode("latin-1"), one) for one in origins):
+            return []
+        return [
+            (b"access-control-allow-origin", b"*" if origins == ["*"] else origin),
+            (b"access-control-expose-headers", b"*"),
+            (b"vary", b"origin"),
+        ]
+
+    async def _preflight(self) -> None:
+        assert self._headers is not None
+        asked = self._headers.known.get(b"access-control-request-headers", b"")
+        headers = [
+            (b"access-control-allow-methods", b"GET, POST, DELETE"),
+            (b"access-control-max-age", b"%d" % self._policy.config.cors.max_age_s),
+        ]
+        if asked:
+            headers.append((b"access-control-allow-headers", asked))
+        await self._start(204, headers)
+        await self._body(b"", more=False)
 
     async def _models(self) -> None:
         assert self.caller is not None
@@ -716,15 +794,20 @@ class Exchange:
         return headers
 
     async def _start(self, status: int, headers: list[Header]) -> None:
+        if self._late:
+            return
         self.status = status
         self._started = True
+        headers = [*headers, *self._cors()] if self._policy.config.cors.origins else headers
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _body(self, body: bytes, *, more: bool) -> None:
         if self._sent is not None:
             self._sent.append(body)
         message = {"type": "http.response.body", "body": body, "more_body": more}
+        self._spoke = time.perf_counter()
         if not more:
+            self._hush()
             # Before the caller can ask again: its next request must find this one's place free.
             self._settle()
             self._unwatch()
@@ -744,12 +827,15 @@ class Exchange:
     def _relays(self) -> bool:
         """Whether the answer is one of server-sent events, to which the gateway may add one."""
         answer = self._answer
-        return answer is not None and answer.status == 200 and self.stream and _media_type(answer.headers) == _EVENTS
+        relays = answer is not None and answer.status == 200 and self.stream and _media_type(answer.headers) == _EVENTS
+        return relays or self._late
 
     async def _fail(self, error: GatewayError) -> None:
         """Tell the caller, in OpenAI's shape; within a stream as an event, and by a reset within any other answer."""
         self.code = error.code or error.type
         body = error.body()
+        if self._started:
+            self.failed = error.status
         try:
             if self._started and self._relays():
                 await self._body(b"data: " + body + b"\n\n", more=False)
@@ -818,7 +904,7 @@ class Exchange:
             runtime.metrics.aborted(self.model)
         status = 499 if self.gone and not (self._started and self.status >= 400) else self.status
         operation = self.operation or ""
-        runtime.metrics.request(operation, self.model, status, seconds)
+        runtime.metrics.request(operation, self.model, status if self.gone else self.failed or status, seconds)
         client = caller.client if caller is not None else ""
         record: dict[str, Any] = {
             "request_id": self._id,
@@ -855,6 +941,8 @@ class Exchange:
         runtime.logs.request(record)
         audit = runtime.audit.config
         if audit.enabled and audit.requests:
+            if caller is None and status < 400:
+                return  # what a browser may ask
             if caller is None or (caller.id == ANONYMOUS and self.admission is None):
                 # Whoever can reach the port can send these: one record each would fill the disk.
                 runtime.audit.refused(self.code or "client_gone", (self._scope.get("client") or ("",))[0])

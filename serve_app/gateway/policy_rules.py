@@ -17,6 +17,8 @@ from .policy_shape import Problems, declared, nearest
 _ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,127}")
+#: An origin as browsers send it, with `*` for any part of the host's name, or any port.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9*._-]+(?::(?:[0-9]{1,5}|\*))?")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 #: Headers that the gateway or HTTP itself sets.
 _OWN_HEADERS: Final = {
@@ -58,6 +60,7 @@ def check(
     for name, backend in config.backends.items():
         rules.backend(f"backends.{name}", backend)
     rules.routes()
+    rules.cors()
     rules.cache()
     rules.filters()
     rules.records()
@@ -292,8 +295,19 @@ class _Rules:
                 "is less than eight times server.max_body_bytes",
                 "Give more, or lower server.max_body_bytes: a body takes four times its bytes, and a caller gets half.",
             )
-        for name in ("drain_s", "drain_delay_s"):
+        for name in ("drain_s", "drain_delay_s", "stream_comment_s"):
             self.between(f"server.{name}", getattr(server, name), 0, 86400)
+
+    def cors(self) -> None:
+        for number, origin in enumerate(self.config.cors.origins):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                self.problems.say(
+                    f"cors.origins[{number}]",
+                    origin,
+                    "is no origin",
+                    "Give `*`, or scheme and host in lower case, with no path: https://app.example.com.",
+                )
+        self.between("cors.max_age_s", self.config.cors.max_age_s, 0, 86400)
 
     def store(self) -> None:
         store = self.config.store

@@ -86,7 +86,21 @@ RETURNED = frozenset(
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:\-]{1,128}")
 #: A key of this gateway's, wherever in a text it begins.
 _OWN_KEY = re.compile(rb"rp-[A-Za-z0-9]{12}-[A-Za-z0-9_-]{8}")
-_SEEN_ONCE = frozenset({b"authorization", b"content-type", b"content-length", b"content-encoding", b"x-request-id"})
+#: Headers in which clients of other providers send their keys as they are.
+_KEYS = (b"x-api-key", b"api-key")
+_SEEN_ONCE = frozenset(
+    {b"authorization", *_KEYS, b"content-type", b"content-length", b"content-encoding", b"x-request-id"}
+)
+
+
+_SLASHES = re.compile("//+")
+
+
+def plain(path: str) -> str:
+    """A path without slashes that say nothing: clients join addresses as `/v1//chat/completions`, `/v1/models/`."""
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
+    return path.rstrip("/") if path.endswith("/") else path
 
 
 def operation_of(method: str, path: str) -> Operation:
@@ -142,10 +156,18 @@ class Headers:
             name = pair[0]
             if name in known and name in _SEEN_ONCE:
                 error = f"The header {name.decode('latin-1')} is there more than once."
-                raise AuthenticationFailed(error) if name == b"authorization" else InvalidRequest(error)
+                raise AuthenticationFailed(error) if name in (b"authorization", *_KEYS) else InvalidRequest(error)
             known[name] = pair[1]
             if name in FORWARDED:
                 self.forwarded.append(pair)
+
+    def authorization(self) -> bytes | None:
+        """The Authorization header, or what stands for it: a key in a header of its own."""
+        given = self.known.get(b"authorization")
+        if given is None or given.strip().lower() in (b"", b"bearer"):
+            key = next((self.known[name] for name in _KEYS if self.known.get(name)), b"")
+            return b"Bearer " + key if key else given
+        return given
 
     def text(self, name: bytes) -> str:
         """A header's value, or an empty text."""

@@ -354,7 +354,8 @@ class Router:
                 answer.variant = variant
                 answer.attempts = attempts
                 if answer.status < 300:
-                    pool.health.succeeded()
+                    # Whether it is a success its end will tell.
+                    pool.health.known = True
                     return answer
                 again, anew = await self._judge(pool, answer)
                 if not again:

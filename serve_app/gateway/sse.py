@@ -102,6 +102,35 @@ def is_done(event: bytes) -> bool:
     return len(event) < 64 and b"[DONE]" in event and (data(event) or b"").strip() == b"[DONE]"
 
 
+class _Fault(msgspec.Struct):
+    code: int | str | None = None
+
+
+class _Said(msgspec.Struct):
+    error: _Fault | str | None = None
+    object: str = ""
+    type: str = ""
+    code: int | str | None = None
+
+
+_said = msgspec.json.Decoder(_Said)
+
+
+def error_of(event: bytes) -> int:
+    """The status of an event that says that the backend failed (an error, a failed response), or 0."""
+    text = data(event) if b'"error"' in event or b'"response.failed"' in event else None
+    if text is None:
+        return 0
+    try:
+        said = _said.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+    if said.error is None and said.object != "error" and said.type not in ("error", "response.failed"):
+        return 0
+    code = said.error.code if isinstance(said.error, _Fault) else said.code
+    return code if isinstance(code, int) and 400 <= code < 600 else 502
+
+
 def cut_usage(event: bytes) -> tuple[bytes, Usage | None]:
     """Take the member `usage` out of a chunk.
 

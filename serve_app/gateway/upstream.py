@@ -311,6 +311,7 @@ class Answer:
 
     __slots__ = (
         "_ends_at",
+        "_fault",
         "_first",
         "_loop",
         "_open",
@@ -344,9 +345,8 @@ class Answer:
         #: When the wait for the next piece began; 0: nobody waits.
         self._since = 0.0
         self._open = True
-        if response.over:
-            self._end(outcome_of(self.status))
-        else:
+        self._fault = ""
+        if not response.over:
             self._watch()
 
     def header(self, name: bytes) -> bytes:
@@ -361,8 +361,9 @@ class Answer:
             BackendTimeout: It took too long.
         """
         first = self._first
-        if first is not None and not self._open and len(first) <= limit:
+        if first is not None and self._response.over and len(first) <= limit:
             self._first = None
+            self._end()
             return first
         pieces: list[bytes] = []
         size = 0
@@ -411,9 +412,8 @@ class Answer:
             except (BackendTimeout, ClientError) as error:
                 self._broken(error)
             self._since = 0.0
-        if response.over:
-            self._end(outcome_of(self.status))
         if not piece:
+            self._end()
             raise StopAsyncIteration
         return piece
 
@@ -424,8 +424,9 @@ class Answer:
     async def close(self) -> None:
         """Let go of the answer; a backend that is still at work is made to stop (its connection is closed)."""
         if self._open:
+            over = self._response.over
             self._response.close()
-            self._end("aborted")
+            self._end("" if over or self._fault else "aborted")
 
     # One timer an answer, not one a piece: it looks whether somebody has been waiting for too long, and sleeps on.
 
@@ -455,8 +456,20 @@ class Answer:
         self._give_up("broken")
         raise BackendFailed("The backend broke off in the middle of its answer.") from error
 
-    def _end(self, outcome: str) -> None:
+    def failed(self, status: int) -> None:
+        """The backend says in its stream that it failed; `status`: as which error."""
+        if not self._fault:
+            self._fault = outcome_of(status)
+            if status >= 500:
+                self._pool.health.failed(self._loop.time())
+
+    def _end(self, outcome: str = "") -> None:
+        if not self._open:
+            return
         self._open = False
+        outcome = outcome or self._fault or outcome_of(self.status)
+        if outcome == "ok":
+            self._pool.health.succeeded()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

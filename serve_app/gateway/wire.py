@@ -32,6 +32,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .errors import GatewayError, InvalidRequest
+from .request import Message
 
 #: Names and values of a request's headers, with its target: more is refused with 431, as proxies do.
 MAX_HEADER_BYTES: Final = 32 * 1024
@@ -87,6 +88,14 @@ class Wire:
         if self._protocol is not None:
             self._protocol.abort()
 
+    def say(self, message: Message) -> bool:
+        """Send a message of the answer under way, unless something still waits to be sent; whether it was."""
+        cycle = None if self._protocol is None else self._protocol.running
+        if cycle is None or cycle.disconnected or cycle.response_complete or cycle.flow.write_paused:
+            return False
+        cast(_Cycle, cycle).send(message)
+        return True
+
     def watch(self, on_lost: Callable[[], None] | None) -> bool:
         """Call `on_lost` (of the answer under way; None: nothing any more) when the connection ends; false: it has."""
         protocol = self._protocol
@@ -130,6 +139,8 @@ class _Cycle(RequestResponseCycle):
 
     #: A head that waits for the body's first piece.
     _head = b""
+    #: The end of the connection is the body's: HTTP/1.0 knows no chunks.
+    _to_end = False
 
     def send(self, message: Any) -> Awaitable[None]:  # type: ignore[override]
         if self.disconnected or self.flow.write_paused or self.response_complete:
@@ -146,7 +157,12 @@ class _Cycle(RequestResponseCycle):
         if self._head and not self.disconnected:
             self.transport.write(self._head)
         self._head = b""
-        await super().send(message)
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected or self.response_complete:
+            await super().send(message)
+        else:
+            await self.send(message)
 
     def _start(self, message: Any) -> bool:
         status = message["status"]
@@ -167,6 +183,9 @@ class _Cycle(RequestResponseCycle):
         if length is not None:
             self.expected_content_length = int(length)
             self.chunked_encoding = False
+        elif self.scope["http_version"] == "1.0":
+            self._to_end = True
+            self.chunked_encoding = self.keep_alive = False
         elif self.scope["method"] != "HEAD" and status not in (204, 304):
             self.chunked_encoding = True
             text += b"transfer-encoding: chunked\r\n"
@@ -184,7 +203,7 @@ class _Cycle(RequestResponseCycle):
                 body = b"%x\r\n%s\r\n" % (len(body), body)
             if not more:
                 body += b"0\r\n\r\n"
-        else:
+        elif not self._to_end:
             self.expected_content_length -= len(body)
             if self.expected_content_length < 0:
                 raise RuntimeError("the answer is longer than its Content-Length")
@@ -214,7 +233,7 @@ class BoundedProtocol(HttpToolsProtocol):
         bounds = self.bounds
         self._wire = Wire(self, transport)
         #: The request that is being answered; uvicorn's `cycle` is the one read last, which may wait behind it.
-        self._running: RequestResponseCycle | None = None
+        self.running: RequestResponseCycle | None = None
         #: Nothing is asked and nothing has come since the last answer.
         self._idle = False
         #: A head has begun and not ended.
@@ -244,7 +263,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         self._wire.lost()
-        running = self._running
+        running = self.running
         if running is not None and running is not self.cycle and not running.response_complete:
             # uvicorn tells the last request alone.
             running.disconnected = True
@@ -362,7 +381,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
+        self.running = cycle
         cycle.__class__ = _Cycle
         super()._start_asgi_task(cycle, app)
 
@@ -437,7 +456,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def abort(self) -> None:
         """End the connection at once, by a reset; nothing that is unsent is kept, here or in the kernel."""
-        for cycle in (self._running, self.cycle):
+        for cycle in (self.running, self.cycle):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
         with contextlib.suppress(OSError):

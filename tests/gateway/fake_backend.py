@@ -101,6 +101,8 @@ class Knobs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     #: json: 200 with no JSON; length: less body than content-length (or no last chunk), then the end; binary: no HTTP;
     #: chunk: a broken chunk header mid-stream; event: an event with broken JSON mid-stream.
     garbage: Literal["", "json", "length", "binary", "chunk", "event"] = ""
+    #: In a stream, after `after` tokens: an error with this code as an event, as vLLM sends it, and the end.
+    error_event: int = 0
     #: Answers of status 500 and above are an HTML page with a stack trace.
     html: bool = False
     #: Bytes of needless response headers.
@@ -915,6 +917,9 @@ class Connection(asyncio.Protocol):
             if tokens:
                 if request.tokens == knobs.after:
                     await self.fault(knobs)
+                    if knobs.error_event:
+                        self.error_event(operation, knobs.error_event)
+                        return
                 if knobs.token_s and request.tokens:
                     await later(knobs.token_s)
             if not self.writable.is_set():
@@ -938,6 +943,15 @@ class Connection(asyncio.Protocol):
         if rest:
             self.transport.write(b"%x\r\n%s\r\n" % (len(rest), rest))
         self.transport.write(b"0\r\n\r\n")
+
+    def error_event(self, operation: str, code: int) -> None:
+        error = {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": code}
+        if operation == "responses":
+            failed = {"type": "response.failed", "response": {"status": "failed", "error": error}}
+            text = b"event: response.failed\ndata: " + encode(failed) + b"\n\n"
+        else:
+            text = b"data: " + encode({"error": {**error, "param": None}}) + b"\n\ndata: [DONE]\n\n"
+        self.transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(text), text))
 
     async def fault(self, knobs: Knobs) -> None:
         """What goes wrong in the middle of a stream."""

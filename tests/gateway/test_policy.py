@@ -330,6 +330,8 @@ def test_other_threads_get_a_turn_after_every_piece(
         ("server/max_buffered_bytes", 9, "server.max_buffered_bytes: is less than eight times server.max_body_bytes"),
         ("server/reload_interval_s", -1, "server.reload_interval_s: is not greater than 0"),
         ("server/drain_s", -1, "server.drain_s: is not between 0 and 86400"),
+        ("server/stream_comment_s", -1, "server.stream_comment_s: is not between 0 and 86400"),
+        ("cors/origins", ["https://a.b/"], "cors.origins[0]: is no origin"),
         ("store/url", "http://:secret@x", "store.url: is no address"),
         ("store/url", "redis://", "store.url: is no address"),
         ("store/url", "redis://x:99999", "store.url: is no address"),

@@ -73,6 +73,7 @@ def test_good_values_have_no_problem() -> None:
         ({"gateway_keys": [{**KEY, "role": "gold"}]}, "gateway_keys[0].role", "no such role"),
         ({"gateway_issuers": [{"issuer": "x"}]}, "gateway_issuers[0].audience", ""),
         ({"gateway_cache": {"scope": "world"}}, "gateway_cache.scope", ""),
+        ({"gateway_cors": {"origins": ["app.example.com"]}}, "gateway_cors.origins[0]", "no origin"),
     ],
 )
 def test_problems(changes: dict[str, Any], variable: str, reason: str) -> None:

@@ -423,6 +423,7 @@ STARTED = "rayplane.io/started-with"
         {"routes": {"qwen": {"retries": 5}}},
         {"filters": {"f": {"type": "injection"}}},
         {"cache": {"enabled": True}},
+        {"cors": {"origins": ["*"]}},
     ],
 )
 def test_what_is_taken_over_while_it_runs_replaces_no_pod(changes: Json) -> None:
