@@ -58,6 +58,11 @@ options:
         type: list
         elements: str
         default: []
+      kept_policies:
+        description: ARNs of managed policies that stay where they are attached, for who still needs them.
+        type: list
+        elements: str
+        default: []
       inline_policies:
         description: Inline policies by name. Others are deleted.
         type: dict
@@ -104,6 +109,11 @@ arns:
   description: ARN of each role by name; a description in angle brackets where check mode predicts a new one.
   returned: state is present
   type: dict
+kept:
+  description: Names of the roles that have one of their O(roles[].kept_policies).
+  returned: state is present
+  type: list
+  elements: str
 """
 
 import json
@@ -139,6 +149,7 @@ class Roles:
         self.owner: str = params["cluster_name"]
         given = {str(key): str(value) for key, value in params["tags"].items()}
         self.tags = given | {OWNER_TAG: self.owner, REGION_TAG: region}
+        self.kept: list[str] = []
 
     def present(self) -> dict[str, Any]:
         """Bring the roles to their description and return their ARNs."""
@@ -154,7 +165,7 @@ class Roles:
             self._refuse_anothers(role, have.get(name))
         arns = {name: self._present(role, have.get(name)) for name, role in wanted.items()}
         self._delete({name: now for name, now in have.items() if name not in wanted})
-        return {"arns": arns}
+        return {"arns": arns, "kept": self.kept}
 
     def absent(self) -> dict[str, Any]:
         """Delete the roles, with their policies first."""
@@ -308,6 +319,9 @@ class Roles:
                 self.changes.update(resource, {f"policy {arn}": None}, {f"policy {arn}": "attached"})
             self.api.write("attach_role_policy", resource, RoleName=name, PolicyArn=arn)
         for arn in sorted(have - want):
+            if arn in role["kept_policies"]:
+                self.kept.append(name)
+                continue
             self.changes.update(resource, {f"policy {arn}": "attached"}, {f"policy {arn}": "detached"})
             self.api.write("detach_role_policy", resource, RoleName=name, PolicyArn=arn)
 
@@ -342,6 +356,7 @@ def main() -> None:
         "description": {"type": "str", "default": ""},
         "trust": {"type": "dict", "default": {}},
         "managed_policies": {"type": "list", "elements": "str", "default": []},
+        "kept_policies": {"type": "list", "elements": "str", "default": []},
         "inline_policies": {"type": "dict", "default": {}},
         "boundary": {"type": "str", "default": ""},
     }

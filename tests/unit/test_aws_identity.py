@@ -95,6 +95,7 @@ def roles(fake: FakeIam, check: bool = False, prune_path: str = "", **role: Any)
         "description": "",
         "trust": aws_service_trust("ec2.amazonaws.com"),
         "managed_policies": [READ_ONLY],
+        "kept_policies": [],
         "inline_policies": {"read": {"Statement": []}},
         "boundary": "",
         **role,
@@ -110,7 +111,7 @@ def roles(fake: FakeIam, check: bool = False, prune_path: str = "", **role: Any)
 def test_roles_are_predicted_with_their_inline_policies() -> None:
     fake = FakeIam(exists=False)
     reconciler, changes = roles(fake, check=True)
-    assert reconciler.present() == {"arns": {"r": "<new role r>"}}
+    assert reconciler.present() == {"arns": {"r": "<new role r>"}, "kept": []}
     assert "read" in changes.result()["diff"][0]["after"]["inline_policies"]
     assert changes.result()["diff"][0]["after"]["tags"] == TAGS
     assert fake.client.writes() == []
@@ -133,6 +134,14 @@ def test_roles_are_repaired_by_property() -> None:
         "policy read",
         "policy stray",
     ]
+
+
+def test_a_policy_that_somebody_still_needs_stays() -> None:
+    fake = FakeIam()
+    fake.attached = {READ_ONLY, ADMIN}
+    reconciler, changes = roles(fake, kept_policies=[ADMIN])
+    assert reconciler.present()["kept"] == ["r"]
+    assert changes.actions == []
 
 
 def test_roles_lose_their_policies_before_they_go() -> None:
@@ -163,7 +172,7 @@ def test_nothing_to_do_reads_each_role_once() -> None:
 def test_a_role_that_is_switched_off_goes() -> None:
     fake = FakeIam()
     reconciler, changes = roles(fake, state="absent")
-    assert reconciler.present() == {"arns": {}}
+    assert reconciler.present() == {"arns": {}, "kept": []}
     assert changes.actions == ["delete role r"]
     fake.exists = False
     reconciler, changes = roles(fake, state="absent")
@@ -193,7 +202,7 @@ def test_a_role_made_by_hand_is_neither_taken_nor_deleted(check: bool) -> None:
     # Switched off by an ordinary deployment, taken apart by destroying, below the path of the cluster's own.
     for reconciler, changes in (roles(fake, check, state="absent"), roles(fake, check)):
         if reconciler.params["roles"][0]["state"] == "absent":
-            assert reconciler.present() == {"arns": {}}
+            assert reconciler.present() == {"arns": {}, "kept": []}
         else:
             reconciler.absent()
         assert changes.actions == []
