@@ -116,7 +116,9 @@ def engines(values: Values) -> Iterator[Problem]:
         yield from _format(path, entry, engine, ignored if strings(ignored) else (), vllm)
         yield from _together(f"{path}.engine", engine)
         yield from _under_serve(path, entry, engine)
-        yield from _on_accelerator(path, entry, engine, release, model_gpu(values, entry))
+        gpu = model_gpu(values, entry)
+        yield from _on_accelerator(path, entry, engine, release, gpu)
+        yield from _in_image(path, entry, values.get("rayservice_image"), gpu)
         yield from _heads(path, entry, engine)
         yield from _lora(path, entry, engine)
         yield from _scaling(path, entry)
@@ -360,6 +362,19 @@ def _on_accelerator(
             method,
             f"the model's config.json says {own}, and vLLM refuses another",
             "delete it: vLLM reads the method from the model",
+        )
+
+
+def _in_image(path: str, entry: Mapping[str, Any], image: Any, gpu: Gpu | None) -> Iterator[Problem]:
+    """The image's CUDA, which its tag tells, knows the GPU. Source: CUDA 13's release notes, which end at 7.5."""
+    cuda = re.search(r"[-:]cu(\d\d)\d\b", image) if isinstance(image, str) else None
+    if cuda and int(cuda[1]) >= 13 and gpu and gpu.capability < 7.5:
+        yield Problem(
+            f"{path}.resources",
+            entry["resources"],
+            f"rayservice_image has CUDA {cuda[1]}, which begins with compute capability 7.5, and the {gpu.title} has"
+            f" {gpu.capability}",
+            "take a newer GPU, or an image of CUDA 12 (cu128)",
         )
 
 

@@ -194,6 +194,21 @@ def test_scaling_to_zero_tells_what_the_first_caller_gets() -> None:
     assert "first caller" in problem.reason
 
 
+@pytest.mark.parametrize(
+    ("image", "name", "refused"),
+    [
+        ("rayproject/ray-llm:2.60.0-py312-cu130", "nvidia-v100", True),
+        ("rayproject/ray-llm:2.60.0-py312-cu128", "nvidia-v100", False),
+        ("rayproject/ray-llm:2.60.0-py312-cu130", "nvidia-t4", False),
+        ("registry.example.com/ray@sha256:0123", "nvidia-v100", False),
+    ],
+)
+def test_the_images_cuda_knows_the_gpu(image: str, name: str, refused: bool) -> None:
+    models = [{"id": "m", "source": "organisation/model", "resources": gpu(name)}]
+    problems = list(engines({"rayservice_image": image, "rayservice_models": models}))
+    assert [problem.variable for problem in problems] == (["rayservice_models[0].resources"] if refused else [])
+
+
 SIZES = {"model_type": "llama", "hidden_size": 896, "num_hidden_layers": 2, "intermediate_size": 4864}
 SIZES |= {"vocab_size": 9, "max_position_embeddings": 2048}
 
