@@ -319,12 +319,20 @@ def _bounds(group: Mapping[str, Any]) -> Json:
     return {"replicas": int(group.get("replicas", low)), "minReplicas": low, "maxReplicas": high}
 
 
+def _at_hand(location: str) -> bool:
+    """Whether a model's files come from a bucket or a folder, and not from the hub."""
+    return bool(_REMOTE.match(location)) or location.startswith(("/", "./", "../", "~"))
+
+
 def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], settings: Mapping[str, Any]) -> Json:
     """The RayService: Serve's configuration, the Ray cluster and the Service in front of it.
 
     ``settings`` are the role's variables without their prefix (``vars/main.yml`` lists them).
     """
     name = settings["name"]
+    if all(_at_hand(locations.get(model["id"], model["source"])) for model in models):
+        # What the pods read themselves needs no token of the hub.
+        settings = {**settings, "hugging_face_secret": ""}
     head = settings["head"]
     head_spec: Json = {
         "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - the operator and probes ask it from other pods

@@ -193,6 +193,12 @@ def test_pods() -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in names
 
 
+@pytest.mark.parametrize(("models", "told"), [([SMALL], False), ([LLAMA], True), ([SMALL, LLAMA], True)])
+def test_only_pods_that_read_from_the_hub_get_its_token(models: list[dict[str, Any]], told: bool) -> None:
+    head = rayservice(models)["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    assert ("HF_TOKEN" in [entry["name"] for entry in head["containers"][0]["env"]]) is told
+
+
 @pytest.mark.parametrize(("mode", "said"), [("disabled", ["disabled"] * 4), ("token", [])])
 def test_authentication_is_stated(mode: str, said: list[str]) -> None:
     """To the operator, which makes the token, and to the pods, which it tells of tokens alone."""
