@@ -3,7 +3,7 @@
 NAT gateways say which address they hold, and hold it until they are deleted. Interface endpoints have security groups
 and private DNS. Routes lead to peerings, and are black holes when their target is gone. Peerings have DNS options, and
 a type among tags. Flow logs take the tags that AWS takes. An instance's security groups can be changed, and its disks
-end with it.
+end with it. Launch templates keep placement, reservations and keys.
 """
 
 import re
@@ -198,13 +198,85 @@ def terminate_instances(inner: Inner, params: Params) -> Answer:
     return answer
 
 
+def create_launch_template(inner: Inner, params: Params) -> Answer:
+    """CreateLaunchTemplate: without a second record of the tags, which would hide what becomes of them later."""
+    answer = inner(params)
+    for template in ec2._launch_templates.values():
+        template.pop("Tags", None)
+    return answer
+
+
+# What MiniStack drops of a launch template: path in a request, and the element of an answer.
+TEMPLATE_SETTINGS = {
+    ("Placement", "GroupName"): ("placement", "groupName"),
+    ("InstanceMarketOptions", "MarketType"): ("instanceMarketOptions", "marketType"),
+    ("CapacityReservationSpecification", "CapacityReservationPreference"): (
+        "capacityReservationSpecification",
+        "capacityReservationPreference",
+    ),
+    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationId"): (
+        "capacityReservationSpecification",
+        "capacityReservationTarget",
+        "capacityReservationId",
+    ),
+    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationResourceGroupArn"): (
+        "capacityReservationSpecification",
+        "capacityReservationTarget",
+        "capacityReservationResourceGroupArn",
+    ),
+}
+
+
+def keep_template_settings() -> None:
+    """Let launch templates keep the settings that MiniStack drops."""
+    parse, render = ec2._parse_lt_data, ec2._lt_data_xml
+
+    def parse_more(params: Any, prefix: str = "LaunchTemplateData") -> dict[str, Any]:
+        data: dict[str, Any] = parse(params, prefix)
+        for path in TEMPLATE_SETTINGS:
+            value = ec2._p(params, ".".join((prefix, *path)))
+            if value:
+                place = data
+                for step in path[:-1]:
+                    place = place.setdefault(step, {})
+                place[path[-1]] = value
+        for index, mapping in enumerate(data.get("BlockDeviceMappings", ()), 1):
+            key = ec2._p(params, f"{prefix}.BlockDeviceMapping.{index}.Ebs.KmsKeyId")
+            if key:
+                mapping["Ebs"]["KmsKeyId"] = key
+        return data
+
+    def render_more(data: dict[str, Any]) -> str:
+        xml = str(render(data))
+        for mapping in data.get("BlockDeviceMappings", ()):
+            key = mapping.get("Ebs", {}).get("KmsKeyId")
+            if key:
+                device = f"<deviceName>{mapping['DeviceName']}</deviceName><ebs>"
+                xml = xml.replace(device, f"{device}<kmsKeyId>{ec2._esc(key)}</kmsKeyId>")
+        for path, elements in TEMPLATE_SETTINGS.items():
+            value: Any = data
+            for step in path:
+                value = value.get(step, {})
+            if value:
+                opening = "".join(f"<{one}>" for one in elements)
+                closing = "".join(f"</{one}>" for one in reversed(elements))
+                xml += opening + str(ec2._esc(value)) + closing
+        return xml
+
+    ec2._parse_lt_data, ec2._lt_data_xml = parse_more, render_more
+
+
 def resource_type(inner: Callable[[str], str], resource: str) -> str:
     """The type that DescribeTags gives a resource."""
-    return "vpc-peering-connection" if resource.startswith("pcx-") else inner(resource)
+    if resource.startswith("pcx-"):
+        return "vpc-peering-connection"
+    kind = inner(resource)
+    return "vpc-flow-log" if kind == "flow-log" else kind
 
 
 WRAPPED: dict[str, Callable[[Inner, Params], Answer]] = {
     "CreateFlowLogs": create_flow_logs,
+    "CreateLaunchTemplate": create_launch_template,
     "CreateNatGateway": create_nat_gateway,
     "DescribeNatGateways": describe_nat_gateways,
     "DeleteNatGateway": delete_nat_gateway,
@@ -224,6 +296,7 @@ ADDED: dict[str, Callable[[Params], Answer]] = {
 
 def install() -> None:
     """Put these in front of MiniStack's own, or beside them."""
+    keep_template_settings()
     ec2._guess_resource_type = partial(resource_type, ec2._guess_resource_type)
     for name, wrapper in WRAPPED.items():
         ec2._ACTION_MAP[name] = partial(wrapper, ec2._ACTION_MAP[name])

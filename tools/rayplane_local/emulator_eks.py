@@ -5,14 +5,15 @@ DescribeAddonVersions answer like EKS: an update is in progress when it is asked
 at; a version moves one minor at a time. Tags set later show in descriptions. A cluster has a security group of its own
 and may be protected against deletion. Node groups keep launch template, update limits and repair; with a template EKS
 takes no disk size, and a group stays with the template it was made with. Nodes get the access entry that EKS makes for
-them. The pod identity associations of add-ons exist, and descriptions name them by ARN. Lists come in pages. Launch
-templates keep the placement, reservations and keys that MiniStack drops.
+them. The pod identity associations of add-ons exist, and are named by ARN. Lists come in pages.
 """
 
 import json
 import re
 import urllib.parse
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ministack.services import ec2, eks  # type: ignore[import-not-found,unused-ignore]
@@ -22,7 +23,43 @@ Answer = tuple[int, dict[str, str], bytes]
 updates: dict[str, dict[str, Any]] = {}
 CLUSTER = r"/clusters/(?P<cluster>[\w-]+)"
 GROUP = CLUSTER + r"/node-groups/(?P<group>[\w-]+)"
-ADDON = CLUSTER + r"/addons/(?P<addon>[\w-]+)(/update)?"
+ADDON = CLUSTER + r"/addons/(?P<addon>[\w-]+)"
+TAGS = r"/tags/(?P<arn>.+)"
+
+
+@dataclass
+class Request:
+    """A request, and MiniStack's own way to answer it."""
+
+    inner: Callable[..., Answer]
+    method: str
+    path: str
+    headers: Any
+    content: bytes
+    query: dict[str, Any]
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The members that stand in the body."""
+        members: dict[str, Any] = json.loads(self.content or b"{}")
+        return members
+
+    def asked(self, name: str) -> str:
+        """Return a parameter of the query; empty where it is not given."""
+        value = self.query.get(name) or ""
+        return str(value[0] if isinstance(value, list) else value)
+
+    def pass_on(self, content: bytes | None = None, query: dict[str, Any] | None = None) -> Answer:
+        """Let MiniStack answer, this or a changed request."""
+        changed = (self.content if content is None else content, self.query if query is None else query)
+        answer: Answer = self.inner(self.method, self.path, self.headers, *changed)
+        return answer
+
+
+def answer_with(**members: Any) -> Answer:
+    """Answer what was asked for."""
+    answer: Answer = eks._json_resp(200, members)
+    return answer
 
 
 def begin(kind: str) -> Answer:
@@ -36,7 +73,15 @@ def begin(kind: str) -> Answer:
         "createdAt": eks._now(),
     }
     updates[update["id"]] = update
-    answer: Answer = eks._json_resp(200, {"update": update})
+    return answer_with(update=update)
+
+
+def remember_update(request: Request, **_: str) -> Answer:
+    """AssociateEncryptionConfig and UpdateAddon: MiniStack forgets the updates that it answers."""
+    answer = request.pass_on()
+    if answer[0] == 200:
+        update = json.loads(answer[2])["update"]
+        updates[update["id"]] = update
     return answer
 
 
@@ -46,8 +91,9 @@ def refuse(code: str, message: str) -> Answer:
     return answer
 
 
-def update_cluster_config(body: dict[str, Any], cluster: str) -> Answer:
+def update_cluster_config(request: Request, cluster: str) -> Answer:
     """UpdateClusterConfig: one kind of change a call, as EKS has it."""
+    body = request.body
     kinds = [
         key
         for key in (
@@ -70,9 +116,9 @@ def update_cluster_config(body: dict[str, Any], cluster: str) -> Answer:
     return begin("ConfigUpdate")
 
 
-def update_cluster_version(body: dict[str, Any], cluster: str) -> Answer:
+def update_cluster_version(request: Request, cluster: str) -> Answer:
     """UpdateClusterVersion: the next minor version and no other."""
-    record = eks._clusters[cluster]
+    body, record = request.body, eks._clusters[cluster]
     have, want = (int(version.split(".")[1]) for version in (record["version"], body["version"]))
     if want != have + 1:
         return refuse(
@@ -82,9 +128,9 @@ def update_cluster_version(body: dict[str, Any], cluster: str) -> Answer:
     return begin("VersionUpdate")
 
 
-def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> Answer:
+def update_nodegroup_config(request: Request, cluster: str, group: str) -> Answer:
     """UpdateNodegroupConfig."""
-    record = eks._nodegroups[f"{cluster}/{group}"]
+    body, record = request.body, eks._nodegroups[f"{cluster}/{group}"]
     record["scalingConfig"] = {**record["scalingConfig"], **body.get("scalingConfig", {})}
     record["updateConfig"] = body.get("updateConfig") or record.get("updateConfig", {"maxUnavailable": 1})
     record["nodeRepairConfig"] = {**record.get("nodeRepairConfig", {}), **body.get("nodeRepairConfig", {})}
@@ -99,9 +145,9 @@ def update_nodegroup_config(body: dict[str, Any], cluster: str, group: str) -> A
     return begin("ConfigUpdate")
 
 
-def update_nodegroup_version(body: dict[str, Any], cluster: str, group: str) -> Answer:
+def update_nodegroup_version(request: Request, cluster: str, group: str) -> Answer:
     """UpdateNodegroupVersion: to the cluster's version unless another is named, and to a version of its template."""
-    record = eks._nodegroups[f"{cluster}/{group}"]
+    body, record = request.body, eks._nodegroups[f"{cluster}/{group}"]
     have, ahead = record["version"], eks._clusters[cluster]["version"]
     template = None
     if "launchTemplate" in body:
@@ -151,11 +197,12 @@ def template_settings(found: dict[str, str]) -> dict[str, Any]:
     return next(one["LaunchTemplateData"] for one in versions if str(one["VersionNumber"]) == found["version"])
 
 
-def create_cluster(inner: Callable[..., Answer], body: dict[str, Any], request: tuple[Any, ...]) -> Answer:
+def create_cluster(request: Request) -> Answer:
     """CreateCluster: with the settings that MiniStack drops, and a security group in the subnets' VPC."""
-    answer = inner(*request)
+    answer = request.pass_on()
     if answer[0] != 200:
         return answer
+    body = request.body
     record = eks._clusters[body["name"]]
     for key in ("upgradePolicy", "deletionProtection", "zonalShiftConfig"):
         if key in body:
@@ -177,30 +224,27 @@ def create_cluster(inner: Callable[..., Answer], body: dict[str, Any], request: 
         }
         tags = {"Name": name, f"kubernetes.io/cluster/{body['name']}": "owned", "aws:eks:cluster-name": body["name"]}
         ec2._tags[group] = [{"Key": key, "Value": value} for key, value in tags.items()]
-    made: Answer = eks._json_resp(200, {"cluster": eks._sanitize(record)})
-    return made
+    return answer_with(cluster=eks._sanitize(record))
 
 
-def delete_cluster(inner: Callable[..., Answer], cluster: str, request: tuple[Any, ...]) -> Answer:
+def delete_cluster(request: Request, cluster: str) -> Answer:
     """DeleteCluster: refused while node groups hold it or it is protected; its security group goes with it."""
-    record = eks._clusters.get(cluster)
-    if record and record.get("deletionProtection"):
+    record = eks._clusters[cluster]
+    if record.get("deletionProtection"):
         return refuse("InvalidRequestException", f"Cluster {cluster} has deletion protection enabled.")
     if any(key.startswith(f"{cluster}/") for key in eks._nodegroups):
         return refuse("ResourceInUseException", "Cluster has nodegroups attached")
     for key in [key for key in eks._addons if key.startswith(f"{cluster}/")]:
         eks._addons.pop(key)
-    if record:
-        group = record["resourcesVpcConfig"]["clusterSecurityGroupId"]
-        ec2._security_groups.pop(group, None)
-        ec2._tags.pop(group, None)
-    return inner(*request)
+    group = record["resourcesVpcConfig"]["clusterSecurityGroupId"]
+    ec2._security_groups.pop(group, None)
+    ec2._tags.pop(group, None)
+    return request.pass_on()
 
 
-def create_nodegroup(
-    inner: Callable[..., Answer], body: dict[str, Any], cluster: str, request: tuple[Any, ...]
-) -> Answer:
+def create_nodegroup(request: Request, cluster: str) -> Answer:
     """CreateNodegroup: checked and kept as EKS does, with an access entry for its role."""
+    body = request.body
     template, settings = None, {}
     if "launchTemplate" in body:
         template = find_template(body["launchTemplate"])
@@ -223,7 +267,7 @@ def create_nodegroup(
             )
     if body.get("amiType") == "CUSTOM":
         return refuse("InvalidParameterException", "CUSTOM is set by EKS for templates that name an image.")
-    answer = inner(*request)
+    answer = request.pass_on()
     if answer[0] != 200:
         return answer
     record = eks._nodegroups[f"{cluster}/{body['nodegroupName']}"]
@@ -243,8 +287,39 @@ def create_nodegroup(
         entry["username"] = "system:node:{{EC2PrivateDNSName}}"
         entry["kubernetesGroups"] = ["system:nodes"]
         eks._access_entries[eks._ae_key(cluster, role)] = entry
-    made: Answer = eks._json_resp(200, {"nodegroup": record})
-    return made
+    return answer_with(nodegroup=record)
+
+
+def create_addon(request: Request, cluster: str) -> Answer:
+    """CreateAddon: of the default version, with pod identity associations of its own."""
+    body = request.body
+    body.setdefault("addonVersion", default_version(eks._clusters[cluster]["version"]))
+    answer = request.pass_on(json.dumps(body).encode())
+    if answer[0] != 200:
+        return answer
+    own_associations(cluster, body["addonName"])
+    # What MiniStack answers was written before: it holds the associations as they were asked for.
+    return answer_with(addon=eks._addons[f"{cluster}/{body['addonName']}"])
+
+
+def describe_addon(request: Request, cluster: str, addon: str) -> Answer:
+    """DescribeAddon: one that an emulator without associations has made gets them now."""
+    own_associations(cluster, addon)
+    return request.pass_on()
+
+
+def update_addon(request: Request, cluster: str, addon: str) -> Answer:
+    """UpdateAddon: with its associations."""
+    answer = remember_update(request)
+    own_associations(cluster, addon)
+    return answer
+
+
+def delete_addon(request: Request, cluster: str, addon: str) -> Answer:
+    """DeleteAddon: with its associations."""
+    answer = request.pass_on()
+    own_associations(cluster, addon)
+    return answer
 
 
 def own_associations(cluster: str, name: str) -> None:
@@ -278,29 +353,26 @@ def own_associations(cluster: str, name: str) -> None:
             eks._pod_identity_associations.pop(eks._pia_key(cluster, one["associationId"]), None)
 
 
-def in_pages(inner: Callable[..., Answer], key: str, query: dict[str, Any], request: tuple[Any, ...]) -> Answer:
+def in_pages(key: str, request: Request, **_: str) -> Answer:
     """Answer one page of a list: maxResults items (100 where none is asked for) after nextToken."""
-    asked = {name: value[0] if isinstance(value, list) else value for name, value in query.items()}
-    size, start = int(asked.get("maxResults") or 100), int(asked.get("nextToken") or 0)
-    rest = {name: value for name, value in query.items() if name not in ("maxResults", "nextToken")}
-    answer = inner(*request[:-1], {**rest, "maxResults": ["1000000"]})
+    size, start = int(request.asked("maxResults") or 100), int(request.asked("nextToken") or 0)
+    rest = {name: value for name, value in request.query.items() if name not in ("maxResults", "nextToken")}
+    answer = request.pass_on(query={**rest, "maxResults": ["1000000"]})
     if answer[0] != 200:
         return answer
     items = json.loads(answer[2])[key]
     page: dict[str, Any] = {key: items[start : start + size]}
     if start + size < len(items):
         page["nextToken"] = str(start + size)
-    paged: Answer = eks._json_resp(200, page)
-    return paged
+    return answer_with(**page)
 
 
-def describe_update(_: dict[str, Any], update: str, **__: str) -> Answer:
+def describe_update(_: Request, update: str, **__: str) -> Answer:
     """DescribeUpdate."""
     if update not in updates:
         return refuse("ResourceNotFoundException", f"No update found for ID: {update}")
     updates[update]["status"] = "Successful"
-    answer: Answer = eks._json_resp(200, {"update": updates[update]})
-    return answer
+    return answer_with(update=updates[update])
 
 
 def default_version(kubernetes: str) -> str:
@@ -308,181 +380,83 @@ def default_version(kubernetes: str) -> str:
     return f"v{kubernetes}.0-eksbuild.1"
 
 
-def describe_addon_versions(query: dict[str, Any]) -> Answer:
+def describe_addon_versions(request: Request) -> Answer:
     """DescribeAddonVersions: one version an add-on and Kubernetes version, which is also the default."""
-    name, kubernetes = (
-        str(query[key][0] if isinstance(query[key], list) else query[key]) for key in ("addonName", "kubernetesVersion")
-    )
+    name, kubernetes = request.asked("addonName"), request.asked("kubernetesVersion")
     compatible = [{"clusterVersion": kubernetes, "defaultVersion": True, "platformVersions": ["*"]}]
     versions = [{"addonVersion": default_version(kubernetes), "architecture": ["amd64"], "compatibilities": compatible}]
-    answer: Answer = eks._json_resp(200, {"addons": [{"addonName": name, "addonVersions": versions}]})
+    return answer_with(addons=[{"addonName": name, "addonVersions": versions}])
+
+
+def tag(request: Request, arn: str) -> Answer:
+    """TagResource and UntagResource: also of pod identity associations, and shown in descriptions."""
+    arn = urllib.parse.unquote(arn)
+    if "podidentityassociation" in arn and request.method == "POST":
+        for record in eks._pod_identity_associations.values():
+            if record["associationArn"] == arn:
+                record["tags"] = {**record["tags"], **request.body["tags"]}
+                return answer_with()
+        return refuse("ResourceNotFoundException", f"No resource found for ARN: {arn}")
+    answer = request.pass_on()
+    for store in (eks._clusters, eks._nodegroups, eks._addons, eks._access_entries) if answer[0] == 200 else ():
+        for record in store.values():
+            if arn in [record.get(key) for key in ("arn", "nodegroupArn", "addonArn", "accessEntryArn")]:
+                record["tags"] = dict(eks._tags.get(arn, {}))
     return answer
 
 
-LISTS = {
-    r"/clusters": "clusters",
-    CLUSTER + r"/node-groups": "nodegroups",
-    CLUSTER + r"/addons": "addons",
-    CLUSTER + r"/access-entries": "accessEntries",
-    CLUSTER + r"/access-entries/.+/access-policies": "associatedAccessPolicies",
-    CLUSTER + r"/pod-identity-associations": "associations",
+#: What is put in front of MiniStack's own: operation -> method, path, function of the request and the path's parts.
+OPERATIONS: dict[str, tuple[str, str, Callable[..., Answer]]] = {
+    "CreateCluster": ("POST", "/clusters", create_cluster),
+    "DeleteCluster": ("DELETE", CLUSTER, delete_cluster),
+    "UpdateClusterConfig": ("POST", CLUSTER + "/update-config", update_cluster_config),
+    "UpdateClusterVersion": ("POST", CLUSTER + "/updates", update_cluster_version),
+    "AssociateEncryptionConfig": ("POST", CLUSTER + "/encryption-config/associate", remember_update),
+    "DescribeUpdate": ("GET", CLUSTER + r"/updates/(?P<update>[\w-]+)", describe_update),
+    "CreateNodegroup": ("POST", CLUSTER + "/node-groups", create_nodegroup),
+    "UpdateNodegroupConfig": ("POST", GROUP + "/update-config", update_nodegroup_config),
+    "UpdateNodegroupVersion": ("POST", GROUP + "/update-version", update_nodegroup_version),
+    "CreateAddon": ("POST", CLUSTER + "/addons", create_addon),
+    "DescribeAddon": ("GET", ADDON, describe_addon),
+    "UpdateAddon": ("POST", ADDON + "/update", update_addon),
+    "DeleteAddon": ("DELETE", ADDON, delete_addon),
+    "DescribeAddonVersions": ("GET", "/addons/supported-versions", describe_addon_versions),
+    "TagResource": ("POST", TAGS, tag),
+    "UntagResource": ("DELETE", TAGS, tag),
+    "ListClusters": ("GET", "/clusters", partial(in_pages, "clusters")),
+    "ListNodegroups": ("GET", CLUSTER + "/node-groups", partial(in_pages, "nodegroups")),
+    "ListAddons": ("GET", CLUSTER + "/addons", partial(in_pages, "addons")),
+    "ListAccessEntries": ("GET", CLUSTER + "/access-entries", partial(in_pages, "accessEntries")),
+    "ListAssociatedAccessPolicies": (
+        "GET",
+        CLUSTER + "/access-entries/.+/access-policies",
+        partial(in_pages, "associatedAccessPolicies"),
+    ),
+    "ListPodIdentityAssociations": (
+        "GET",
+        CLUSTER + "/pod-identity-associations",
+        partial(in_pages, "associations"),
+    ),
 }
-
-ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = [
-    ("POST", re.compile(CLUSTER + r"/update-config"), update_cluster_config),
-    ("POST", re.compile(CLUSTER + r"/updates"), update_cluster_version),
-    ("POST", re.compile(GROUP + r"/update-config"), update_nodegroup_config),
-    ("POST", re.compile(GROUP + r"/update-version"), update_nodegroup_version),
-    ("GET", re.compile(CLUSTER + r"/updates/(?P<update>[\w-]+)"), describe_update),
-]
 
 
 def install() -> None:
-    """Put the missing operations in front of MiniStack's own."""
+    """Put these operations in front of MiniStack's own."""
     inner = eks._handle_request_sync
+    routes = [(method, re.compile(path), operation) for method, path, operation in OPERATIONS.values()]
 
-    def handle(method: str, path: str, headers: Any, body: bytes, query: Any) -> Answer:
-        if path == "/addons/supported-versions":
-            return describe_addon_versions(query)
-        for verb, pattern, operation in ROUTES:
+    def handle(method: str, path: str, headers: Any, content: bytes, query: dict[str, Any]) -> Answer:
+        request = Request(inner, method, path, headers, content, query)
+        for verb, pattern, operation in routes:
             match = pattern.fullmatch(path)
-            if method == verb and match:
-                names = match.groupdict()
-                if names["cluster"] not in eks._clusters:
-                    return refuse("ResourceNotFoundException", f"No cluster found for name: {names['cluster']}.")
-                if "group" in names and f"{names['cluster']}/{names['group']}" not in eks._nodegroups:
-                    return refuse("ResourceNotFoundException", f"No node group found for name: {names['group']}.")
-                return operation(json.loads(body or b"{}"), **names)
-        request = (method, path, headers, body, query)
-        if method == "GET":
-            for listing, key in LISTS.items():
-                if re.fullmatch(listing, path):
-                    return in_pages(inner, key, query, request)
-        if method == "POST" and path == "/clusters":
-            return create_cluster(inner, json.loads(body), request)
-        match = re.fullmatch(CLUSTER, path)
-        if method == "DELETE" and match:
-            return delete_cluster(inner, match["cluster"], request)
-        match = re.fullmatch(CLUSTER + "/node-groups", path)
-        if method == "POST" and match:
-            return create_nodegroup(inner, json.loads(body), match["cluster"], request)
-        arn = urllib.parse.unquote(path.removeprefix("/tags/"))
-        if path.startswith("/tags/") and "podidentityassociation" in arn and method == "POST":
-            return tag_association(arn, json.loads(body)["tags"])
-        match = re.fullmatch(CLUSTER + "/addons", path)
-        if method == "POST" and match and match["cluster"] in eks._clusters:
-            addon = json.loads(body)
-            addon.setdefault("addonVersion", default_version(eks._clusters[match["cluster"]]["version"]))
-            made: Answer = inner(method, path, headers, json.dumps(addon).encode(), query)
-            own_associations(match["cluster"], addon["addonName"])
-            return made
-        match = re.fullmatch(ADDON, path)
-        if match and method == "GET":
-            # Made before this emulator knew of associations.
-            own_associations(match["cluster"], match["addon"])
-        answer: Answer = inner(method, path, headers, body, query)
-        if match and method != "GET":
-            own_associations(match["cluster"], match["addon"])
-        if path.endswith(("/encryption-config/associate", "/update")) and answer[0] == 200:
-            # MiniStack forgets the updates that it answers.
-            update = json.loads(answer[2])["update"]
-            updates[update["id"]] = update
-        if path.startswith("/tags/") and answer[0] == 200 and method != "GET":
-            show_tags(arn)
-        return answer
+            if method != verb or match is None:
+                continue
+            names = match.groupdict()
+            if "cluster" in names and names["cluster"] not in eks._clusters:
+                return refuse("ResourceNotFoundException", f"No cluster found for name: {names['cluster']}.")
+            if "group" in names and f"{names['cluster']}/{names['group']}" not in eks._nodegroups:
+                return refuse("ResourceNotFoundException", f"No node group found for name: {names['group']}.")
+            return operation(request, **names)
+        return request.pass_on()
 
     eks._handle_request_sync = handle
-    keep_template_settings()
-
-
-# What MiniStack drops of a launch template: path in a request, and the element of an answer.
-TEMPLATE_SETTINGS = {
-    ("Placement", "GroupName"): ("placement", "groupName"),
-    ("InstanceMarketOptions", "MarketType"): ("instanceMarketOptions", "marketType"),
-    ("CapacityReservationSpecification", "CapacityReservationPreference"): (
-        "capacityReservationSpecification",
-        "capacityReservationPreference",
-    ),
-    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationId"): (
-        "capacityReservationSpecification",
-        "capacityReservationTarget",
-        "capacityReservationId",
-    ),
-    ("CapacityReservationSpecification", "CapacityReservationTarget", "CapacityReservationResourceGroupArn"): (
-        "capacityReservationSpecification",
-        "capacityReservationTarget",
-        "capacityReservationResourceGroupArn",
-    ),
-}
-
-
-def keep_template_settings() -> None:
-    """Let launch templates keep the settings that MiniStack drops."""
-    parse, render = ec2._parse_lt_data, ec2._lt_data_xml
-
-    def parse_more(params: Any, prefix: str = "LaunchTemplateData") -> dict[str, Any]:
-        data: dict[str, Any] = parse(params, prefix)
-        for path in TEMPLATE_SETTINGS:
-            value = ec2._p(params, ".".join((prefix, *path)))
-            if value:
-                place = data
-                for step in path[:-1]:
-                    place = place.setdefault(step, {})
-                place[path[-1]] = value
-        for index, mapping in enumerate(data.get("BlockDeviceMappings", ()), 1):
-            key = ec2._p(params, f"{prefix}.BlockDeviceMapping.{index}.Ebs.KmsKeyId")
-            if key:
-                mapping["Ebs"]["KmsKeyId"] = key
-        return data
-
-    def render_more(data: dict[str, Any]) -> str:
-        xml = str(render(data))
-        for mapping in data.get("BlockDeviceMappings", ()):
-            key = mapping.get("Ebs", {}).get("KmsKeyId")
-            if key:
-                device = f"<deviceName>{mapping['DeviceName']}</deviceName><ebs>"
-                xml = xml.replace(device, f"{device}<kmsKeyId>{ec2._esc(key)}</kmsKeyId>")
-        for path, elements in TEMPLATE_SETTINGS.items():
-            value: Any = data
-            for step in path:
-                value = value.get(step, {})
-            if value:
-                opening = "".join(f"<{one}>" for one in elements)
-                closing = "".join(f"</{one}>" for one in reversed(elements))
-                xml += opening + str(ec2._esc(value)) + closing
-        return xml
-
-    ec2._parse_lt_data, ec2._lt_data_xml = parse_more, render_more
-    create = ec2._ACTION_MAP["CreateLaunchTemplate"]
-
-    def create_and_tag(params: Any) -> Any:
-        answer = create(params)
-        # A second record of the tags, which would hide those that are set and removed later.
-        for template in ec2._launch_templates.values():
-            template.pop("Tags", None)
-        return answer
-
-    ec2._ACTION_MAP["CreateLaunchTemplate"] = create_and_tag
-
-
-def tag_association(arn: str, tags: dict[str, str]) -> Answer:
-    """TagResource for a pod identity association."""
-    for record in eks._pod_identity_associations.values():
-        if record["associationArn"] == arn:
-            record["tags"] = {**record["tags"], **tags}
-            answer: Answer = eks._json_resp(200, {})
-            return answer
-    return refuse("ResourceNotFoundException", f"No resource found for ARN: {arn}")
-
-
-def show_tags(arn: str) -> None:
-    """Bring the tags of a description up to date with those of the resource."""
-    for store in (eks._clusters, eks._nodegroups, eks._addons, eks._access_entries):
-        for record in store.values():
-            if arn in (
-                record.get("arn"),
-                record.get("nodegroupArn"),
-                record.get("addonArn"),
-                record.get("accessEntryArn"),
-            ):
-                record["tags"] = dict(eks._tags.get(arn, {}))
