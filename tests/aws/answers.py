@@ -43,7 +43,7 @@ class Recorder:
         body, shape = response_dict["body"], operation_model.output_shape
         if response_dict["status_code"] >= 300 or shape is None:
             return
-        if operation_model.service_model.metadata["protocol"] == "rest-json":
+        if operation_model.service_model.metadata["protocol"].endswith("json"):
             found = json_faults(shape, json.loads(body or b"{}"), operation_model.name)
         else:
             root = ElementTree.fromstring(body)

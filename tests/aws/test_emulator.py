@@ -1,10 +1,17 @@
-"""The emulator's own patches: their answers have the form that AWS's service models give, and they refuse what AWS refuses."""
+"""The emulator's patches: their answers have the form of AWS's service models, and they refuse what AWS refuses."""
 
 from __future__ import annotations
 
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
+from botocore.exceptions import ClientError
 
 from .account import Account
 from .answers import Recorder
@@ -174,14 +181,186 @@ def eks_calls(eks: Any, role: str, subnets: list[str], template: str) -> None:
     eks.delete_cluster(name="one")
 
 
+def control(account: Account, path: str, settings: dict[str, Any] | None = None) -> Any:
+    """Ask the emulator about itself, or give it settings."""
+    data = None if settings is None else json.dumps(settings).encode()
+    request = urllib.request.Request(
+        f"{account.endpoint}/_rayplane/{path}", data, method="GET" if data is None else "PUT"
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def configure(account: Account, **settings: Any) -> None:
+    """Set what depends on the account."""
+    control(account, f"settings/{account.number}", settings)
+
+
+def role(account: Account) -> str:
+    """Return the ARN of a role."""
+    iam = account.client("iam")
+    return str(iam.create_role(RoleName="one", AssumeRolePolicyDocument=TRUST)["Role"]["Arn"])
+
+
+def subnets(account: Account) -> list[str]:
+    """Return the subnets of the default VPC."""
+    return [one["SubnetId"] for one in account.ec2.describe_subnets()["Subnets"]]
+
+
 def test_answers_have_the_form_of_the_service_models(account: Account) -> None:
-    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks")}
+    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks", "service-quotas")}
     ec2_calls(account.ec2)
-    template = template_calls(account.ec2)
-    role = account.client("iam").create_role(RoleName="one", AssumeRolePolicyDocument=TRUST)["Role"]["Arn"]
-    subnets = [one["SubnetId"] for one in account.ec2.describe_subnets()["Subnets"]][:2]
-    eks_calls(account.client("eks"), role, subnets, template)
+    eks_calls(account.client("eks"), role(account), subnets(account)[:2], template_calls(account.ec2))
+    quotas = account.client("service-quotas")
+    listed = quotas.list_service_quotas(ServiceCode="ec2")["Quotas"]
+    assert quotas.get_service_quota(ServiceCode="ec2", QuotaCode=listed[0]["QuotaCode"])["Quota"] == listed[0]
+    for service, operations in control(account, "operations").items():
+        assert not set(operations) - seen[service].operations, "patched, and not called here"
     faults = [fault for one in seen.values() for fault in one.faults]
     # What MiniStack itself adds there reads nobody.
     faults = [fault for fault in faults if not fault.startswith("CreateVpc.vpc.")]
     assert not faults, "\n".join(dict.fromkeys(faults))
+
+
+def security_group(ec2: Any) -> str:
+    return str(ec2.create_security_group(GroupName="one", Description="one")["GroupId"])
+
+
+def rule(cidr: str = "10.0.0.0/8", low: int = 443, high: int = 443) -> dict[str, Any]:
+    return {"IpProtocol": "tcp", "FromPort": low, "ToPort": high, "IpRanges": [{"CidrIp": cidr}]}
+
+
+def twice(account: Account, *permissions: dict[str, Any]) -> None:
+    group = security_group(account.ec2)
+    for one in permissions:
+        account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[one])
+
+
+REFUSED: dict[str, tuple[str, Callable[[Account], Any]]] = {
+    "a role's name of 65": (
+        "ValidationError",
+        lambda a: a.client("iam").create_role(RoleName="r" * 65, AssumeRolePolicyDocument=TRUST),
+    ),
+    "an instance profile's name": (
+        "ValidationError",
+        lambda a: a.client("iam").create_instance_profile(InstanceProfileName="a name"),
+    ),
+    "a cluster's name": (
+        "InvalidParameterException",
+        lambda a: a.client("eks").create_cluster(name="c" * 101, roleArn="r", resourcesVpcConfig={}),
+    ),
+    "a label's value": (
+        "InvalidParameterException",
+        lambda a: a.client("eks").create_nodegroup(
+            clusterName="one", nodegroupName="g", subnets=[], nodeRole="r", labels={"pool": "v" * 64}
+        ),
+    ),
+    "a bucket's ending": ("InvalidBucketName", lambda a: a.client("s3").create_bucket(Bucket="models-s3alias")),
+    "a bucket's beginning": ("InvalidBucketName", lambda a: a.client("s3").create_bucket(Bucket="xn--models")),
+    "a rule again": ("InvalidPermission.Duplicate", lambda a: twice(a, rule(), rule("10.1.2.3/8"))),
+    "a rule twice": (
+        "InvalidParameterValue",
+        lambda a: a.ec2.authorize_security_group_ingress(GroupId=security_group(a.ec2), IpPermissions=[rule(), rule()]),
+    ),
+    "ports the wrong way round": ("InvalidParameterValue", lambda a: twice(a, rule(low=444))),
+    "no network": ("InvalidParameterValue", lambda a: twice(a, rule("10.0.0.0/33"))),
+    "a rule that is not there": (
+        "InvalidPermission.NotFound",
+        lambda a: a.ec2.revoke_security_group_ingress(GroupId=security_group(a.ec2), IpPermissions=[rule()]),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_aws_refuses_is_refused(account: Account, what: str) -> None:
+    code, call = REFUSED[what]
+    with pytest.raises(ClientError) as refused:
+        call(account)
+    assert refused.value.response["Error"]["Code"] == code
+
+
+def test_a_taken_name_is_there_and_forbidden(account: Account) -> None:
+    configure(account, taken_buckets=["ray-llm-models"])
+    s3 = account.client("s3")
+    where = {"LocationConstraint": account.region}
+    for call, code in (
+        (lambda: s3.head_bucket(Bucket="ray-llm-models"), "403"),
+        (lambda: s3.create_bucket(Bucket="ray-llm-models", CreateBucketConfiguration=where), "BucketAlreadyExists"),
+    ):
+        with pytest.raises(ClientError) as refused:
+            call()
+        assert refused.value.response["Error"]["Code"] == code
+
+
+def test_a_creation_with_the_same_token_happens_once(account: Account) -> None:
+    data = {"LaunchTemplateName": "one", "LaunchTemplateData": TEMPLATE, "ClientToken": "t"}
+    first, second = (account.ec2.create_launch_template(**data)["LaunchTemplate"] for _ in range(2))
+    assert first["LaunchTemplateId"] == second["LaunchTemplateId"]
+
+
+def cluster(account: Account, **access: Any) -> Any:
+    network = {"subnetIds": subnets(account)[:2], **access}
+    return account.client("eks").create_cluster(name="one", roleArn=role(account), resourcesVpcConfig=network)[
+        "cluster"
+    ]
+
+
+def test_a_node_group_fails_where_the_quota_does_not_suffice(account: Account) -> None:
+    configure(account, quotas={"L-DB2E81BA": 8})
+    eks, arn = account.client("eks"), cluster(account)["roleArn"]
+    group = {"clusterName": "one", "subnets": subnets(account)[:2], "nodeRole": arn, "instanceTypes": ["g4dn.xlarge"]}
+
+    def made(name: str, size: int, **more: Any) -> Any:
+        scaling = {"minSize": 0, "maxSize": 9, "desiredSize": size}
+        eks.create_nodegroup(**{**group, **more}, nodegroupName=name, scalingConfig=scaling)
+        return eks.describe_nodegroup(clusterName="one", nodegroupName=name)["nodegroup"]
+
+    assert made("fits", 2)["status"] == "ACTIVE"
+    failed = made("more", 1)
+    assert failed["status"] == "CREATE_FAILED"
+    (issue,) = failed["health"]["issues"]
+    assert issue["code"] == "AsgInstanceLaunchFailures"
+    assert "vCPU limit of 8 " in issue["message"]
+    assert issue["resourceIds"] == [failed["resources"]["autoScalingGroups"][0]["name"]]
+    assert made("spot", 1, capacityType="SPOT")["status"] == "ACTIVE"
+    eks.update_nodegroup_config(clusterName="one", nodegroupName="fits", scalingConfig={"desiredSize": 3})
+    assert eks.describe_nodegroup(clusterName="one", nodegroupName="fits")["nodegroup"]["status"] == "DEGRADED"
+
+
+def test_a_cluster_is_refused_in_a_zone_without_eks(account: Account) -> None:
+    zone = account.ec2.describe_subnets(SubnetIds=subnets(account)[1:2])["Subnets"][0]
+    configure(account, unsupported_zones=[zone["AvailabilityZoneId"]])
+    with pytest.raises(ClientError) as refused:
+        cluster(account)
+    assert refused.value.response["Error"]["Code"] == "UnsupportedAvailabilityZoneException"
+    assert zone["AvailabilityZone"] not in refused.value.response["validZones"]
+
+
+@pytest.mark.parametrize(
+    ("access", "answers"),
+    [
+        ({"publicAccessCidrs": ["203.0.113.0/24"]}, True),
+        ({"publicAccessCidrs": ["198.51.100.0/24"]}, False),
+        ({"endpointPublicAccess": False, "endpointPrivateAccess": True}, False),
+    ],
+)
+def test_the_api_server_answers_whom_the_endpoint_admits(account: Account, access: Any, answers: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"https://127.0.0.1:{server.getsockname()[1]}"
+        configure(account, caller="203.0.113.7", api_server={"endpoint": address})
+        made = cluster(account, **access)
+        described = account.client("eks").describe_cluster(name="one")["cluster"]
+        assert made["endpoint"] == described["endpoint"]
+        where = urlparse(described["endpoint"])
+        try:
+            socket.create_connection((where.hostname, where.port), timeout=2).close()
+        except TimeoutError:
+            assert not answers
+        else:
+            assert answers
+
+
+def test_settings_that_the_emulator_does_not_know_are_refused(account: Account) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        configure(account, quota={})
+    assert "quota: the settings are quotas (dict)" in refused.value.read().decode()

@@ -631,7 +631,7 @@ def test_only_changes_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import ModuleType
 
     names = (
-        *("ministack", "ministack.app", "ministack.core", "emulator_account", "emulator_ec2", "emulator_eks"),
+        *("ministack", "ministack.app", "ministack.core", "emulator_ec2", "emulator_eks", "emulator_rules"),
         *("hypercorn", "hypercorn.asyncio", "hypercorn.config"),
     )
     for name in names:
@@ -640,8 +640,6 @@ def test_only_changes_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     stubs["ministack"].app = stubs["ministack.app"]  # type: ignore[attr-defined]
     stubs["ministack.core"].persistence = ModuleType("persistence")  # type: ignore[attr-defined]
     stubs["hypercorn.asyncio"].serve = None  # type: ignore[attr-defined]
-    for name in ("emulator_account", "emulator_ec2", "emulator_eks"):
-        stubs[name].install = None  # type: ignore[attr-defined]
     stubs["hypercorn.config"].Config = object  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "rayplane_local.emulator", raising=False)
     from rayplane_local import emulator

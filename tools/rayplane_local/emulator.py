@@ -12,10 +12,10 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import emulator_ec2  # type: ignore[import-not-found,unused-ignore]
+import emulator_eks  # type: ignore[import-not-found,unused-ignore]
+import emulator_rules  # type: ignore[import-not-found,unused-ignore]
 import ministack.app as ministack  # type: ignore[import-not-found,unused-ignore]
-from emulator_account import install as add_account  # type: ignore[import-not-found,unused-ignore]
-from emulator_ec2 import install as add_ec2_networks  # type: ignore[import-not-found,unused-ignore]
-from emulator_eks import install as add_eks_updates  # type: ignore[import-not-found,unused-ignore]
 from hypercorn.asyncio import serve  # type: ignore[import-not-found,unused-ignore]
 from hypercorn.config import Config  # type: ignore[import-not-found,unused-ignore]
 from ministack.core import persistence  # type: ignore[import-not-found,unused-ignore]
@@ -27,6 +27,8 @@ Send = Callable[[Message], Awaitable[None]]
 # How the names of calls that only read begin, in a form body (Action=...) or in the X-Amz-Target header.
 READING = (b"Describe", b"Get", b"List")
 BACKGROUND_SECONDS = 5
+# The last one's rules stand in front of what the others do.
+PATCHES = (emulator_ec2, emulator_eks, emulator_rules)
 
 saved: dict[str, str] = {}
 loaded = asyncio.Event()
@@ -57,6 +59,21 @@ def save_changes() -> None:
             saved[name] = digest
 
 
+async def control(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answer a request about the emulator itself: its settings, and what is patched."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    operations: dict[str, list[str]] = {}
+    for patches in PATCHES:
+        for service, names in patches.operations().items():
+            operations.setdefault(service, []).extend(names)
+    status, answer = emulator_rules.control(scope["method"], scope["path"], body, operations)
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+
 async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """MiniStack's application, with its state on disk before the answer starts."""
     if scope["type"] == "lifespan":
@@ -67,6 +84,9 @@ async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> 
             await send(message)
 
         await ministack.app(scope, receive, start_saving_and_send)
+        return
+    if scope["type"] == "http" and scope["path"].startswith("/_rayplane/"):
+        await control(scope, receive, send)
         return
     if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
         await ministack.app(scope, receive, send)
@@ -99,9 +119,8 @@ async def save_now_and_then() -> None:
 
 async def main(binds: list[str]) -> None:
     """Serve until a signal ends it."""
-    add_account()
-    add_ec2_networks()
-    add_eks_updates()
+    for patches in PATCHES:
+        patches.install()
     config = Config()
     config.bind = binds
     config.keep_alive_timeout = 75

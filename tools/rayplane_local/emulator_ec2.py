@@ -16,6 +16,7 @@ from ministack.services import ec2  # type: ignore[import-not-found,unused-ignor
 Answer = tuple[int, dict[str, str], bytes]
 Params = dict[str, Any]
 Inner = Callable[[Params], Answer]
+_TYPE = re.compile(r"[a-z][a-z0-9-]*\d[a-z0-9-]*\.(nano|micro|small|medium|large|\d*xlarge|metal(-\d+xl)?)")
 
 OPTION = "AllowDnsResolutionFromRemoteVpc"
 
@@ -288,10 +289,32 @@ WRAPPED: dict[str, Callable[[Inner, Params], Answer]] = {
     "DescribeVpcPeeringConnections": describe_peerings,
     "TerminateInstances": terminate_instances,
 }
+def describe_instance_type_offerings(params: Params) -> Answer:
+    """DescribeInstanceTypeOfferings: types that are named as AWS names them, in every zone."""
+    items = "".join(
+        f"<item><instanceType>{kind}</instanceType><locationType>availability-zone</locationType>"
+        f"<location>{ec2.get_region()}{letter}</location></item>"
+        for kind in ec2._parse_filters(params).get("instance-type", [])
+        if _TYPE.fullmatch(kind)
+        for letter in "abc"
+    )
+    answer: Answer = ec2._xml(
+        200, "DescribeInstanceTypeOfferingsResponse", f"<instanceTypeOfferingSet>{items}</instanceTypeOfferingSet>"
+    )
+    return answer
+
+
 ADDED: dict[str, Callable[[Params], Answer]] = {
     "ModifyVpcPeeringConnectionOptions": modify_peering_options,
     "ModifyInstanceAttribute": modify_instance_attribute,
+    "DescribeInstanceTypeOfferings": describe_instance_type_offerings,
 }
+
+
+def operations() -> dict[str, list[str]]:
+    """Return what is patched here, by service."""
+    templates = ["CreateLaunchTemplateVersion", "DescribeLaunchTemplateVersions"]
+    return {"ec2": [*WRAPPED, *ADDED, *templates, "DescribeTags"]}
 
 
 def install() -> None:

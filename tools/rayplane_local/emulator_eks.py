@@ -4,8 +4,9 @@ UpdateClusterConfig, UpdateClusterVersion, UpdateNodegroupConfig, UpdateNodegrou
 DescribeAddonVersions answer like EKS: an update is in progress when it is asked for and successful when it is looked
 at; a version moves one minor at a time. Tags set later show in descriptions. A cluster has a security group of its own
 and may be protected against deletion. Node groups keep launch template, update limits and repair; with a template EKS
-takes no disk size, and a group stays with the template it was made with. Nodes get the access entry that EKS makes for
-them. The pod identity associations of add-ons exist, and are named by ARN. Lists come in pages.
+takes no disk size, and a group stays with the template it was made with; one that needs more than the account's quota
+fails. Nodes get the access entry that EKS makes for them. The pod identity associations of add-ons exist, and are named
+by ARN. Lists come in pages.
 """
 
 import json
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from emulator_rules import judge, seen_from_outside, zone_refusal  # type: ignore[import-not-found,unused-ignore]
 from ministack.services import ec2, eks  # type: ignore[import-not-found,unused-ignore]
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -142,6 +144,7 @@ def update_nodegroup_config(request: Request, cluster: str, group: str) -> Answe
     changed = {(taint["key"], taint["effect"]) for one in taints.values() for taint in one}
     kept = [taint for taint in record.get("taints", []) if (taint["key"], taint["effect"]) not in changed]
     record["taints"] = kept + taints.get("addOrUpdateTaints", [])
+    judge(record)
     return begin("ConfigUpdate")
 
 
@@ -199,10 +202,10 @@ def template_settings(found: dict[str, str]) -> dict[str, Any]:
 
 def create_cluster(request: Request) -> Answer:
     """CreateCluster: with the settings that MiniStack drops, and a security group in the subnets' VPC."""
-    answer = request.pass_on()
+    body = request.body
+    answer = zone_refusal(body["name"], body["resourcesVpcConfig"].get("subnetIds", [])) or request.pass_on()
     if answer[0] != 200:
         return answer
-    body = request.body
     record = eks._clusters[body["name"]]
     for key in ("upgradePolicy", "deletionProtection", "zonalShiftConfig"):
         if key in body:
@@ -224,7 +227,12 @@ def create_cluster(request: Request) -> Answer:
         }
         tags = {"Name": name, f"kubernetes.io/cluster/{body['name']}": "owned", "aws:eks:cluster-name": body["name"]}
         ec2._tags[group] = [{"Key": key, "Value": value} for key, value in tags.items()]
-    return answer_with(cluster=eks._sanitize(record))
+    return answer_with(cluster=seen_from_outside(eks._sanitize(record)))
+
+
+def describe_cluster(_: Request, cluster: str) -> Answer:
+    """DescribeCluster: with the address of the API server as the caller reaches it."""
+    return answer_with(cluster=seen_from_outside(eks._sanitize(eks._clusters[cluster])))
 
 
 def delete_cluster(request: Request, cluster: str) -> Answer:
@@ -245,6 +253,8 @@ def delete_cluster(request: Request, cluster: str) -> Answer:
 def create_nodegroup(request: Request, cluster: str) -> Answer:
     """CreateNodegroup: checked and kept as EKS does, with an access entry for its role."""
     body = request.body
+    if len(body.get("nodegroupName", "")) > 63:
+        return refuse("InvalidParameterException", "The node group name can't be longer than 63 characters.")
     template, settings = None, {}
     if "launchTemplate" in body:
         template = find_template(body["launchTemplate"])
@@ -287,7 +297,12 @@ def create_nodegroup(request: Request, cluster: str) -> Answer:
         entry["username"] = "system:node:{{EC2PrivateDNSName}}"
         entry["kubernetesGroups"] = ["system:nodes"]
         eks._access_entries[eks._ae_key(cluster, role)] = entry
-    return answer_with(nodegroup=record)
+    judge(record)
+    if record["status"] == "ACTIVE":
+        return answer_with(nodegroup=record)
+    begun = {**record, "status": "CREATING", "health": {"issues": []}}
+    record["status"] = "CREATE_FAILED"
+    return answer_with(nodegroup=begun)
 
 
 def create_addon(request: Request, cluster: str) -> Answer:
@@ -408,6 +423,7 @@ def tag(request: Request, arn: str) -> Answer:
 #: What is put in front of MiniStack's own: operation -> method, path, function of the request and the path's parts.
 OPERATIONS: dict[str, tuple[str, str, Callable[..., Answer]]] = {
     "CreateCluster": ("POST", "/clusters", create_cluster),
+    "DescribeCluster": ("GET", CLUSTER, describe_cluster),
     "DeleteCluster": ("DELETE", CLUSTER, delete_cluster),
     "UpdateClusterConfig": ("POST", CLUSTER + "/update-config", update_cluster_config),
     "UpdateClusterVersion": ("POST", CLUSTER + "/updates", update_cluster_version),
@@ -438,6 +454,11 @@ OPERATIONS: dict[str, tuple[str, str, Callable[..., Answer]]] = {
         partial(in_pages, "associations"),
     ),
 }
+
+
+def operations() -> dict[str, list[str]]:
+    """Return what is patched here, by service."""
+    return {"eks": list(OPERATIONS)}
 
 
 def install() -> None:

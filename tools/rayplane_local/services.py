@@ -217,8 +217,8 @@ def files(settings: Settings) -> dict[Path, tuple[str, int, str]]:
         state / "supervisor" / "kubelet.sh": (kubelet_script(settings), 0o755, "kubelet"),
         # Copies: the processes must not need the checkout that started them.
         **{
-            state / "supervisor" / name: (Path(__file__).with_name(name).read_text(), 0o644, "emulator")
-            for name in ("emulator.py", "emulator_account.py", "emulator_ec2.py", "emulator_eks.py")
+            state / "supervisor" / path.name: (path.read_text(), 0o644, "emulator")
+            for path in sorted(Path(__file__).parent.glob("emulator*.py"))
         },
         state / "supervisor" / "supervisord.conf": (supervisor_config(settings), 0o600, "supervisord"),
     }
