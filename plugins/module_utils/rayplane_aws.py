@@ -28,6 +28,7 @@ __all__ = [
     "Api",
     "Changes",
     "PlatformError",
+    "cure_of",
     "only_given",
     "run",
     "sync_tags",
@@ -76,6 +77,12 @@ _CURES = {
         "vCPUs of this instance family",
         "L-DB2E81BA (G and VT instances) or L-1216C47A (standard ones)",
         "lower the node groups' sizes",
+        service="ec2",
+    ),
+    "MaxSpotInstanceCountExceeded": _quota(
+        "vCPUs of spot instances",
+        "L-3819A6DF (G and VT instances) or L-34B43A08 (standard ones)",
+        "set the node group's capacity_type to ON_DEMAND",
         service="ec2",
     ),
     "ResourceLimitExceededException": "raise the quota for this kind of resource in the account (AWS console, Service"
@@ -537,6 +544,12 @@ def _cure(call: str, error: Exception) -> str:
     if not cure and _answer_lost(error):
         cure = "AWS has trouble of its own: see https://health.aws.amazon.com, then run again; what was made is kept"
     return cure
+
+
+def cure_of(text: str) -> str:
+    """Return what to do about the first known error code that a text of AWS names, or an empty text."""
+    known = (_CURES[word] for word in re.findall(r"[A-Z]\w+", text) if word in _CURES)
+    return next(known, "").format(permission="that the message names")
 
 
 def wait_until(what: str, probe: Callable[[], tuple[bool, str]], timeout: float, delay: float = 5) -> None:

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Api, Changes, PlatformError, sync_tags, wait_until
+from ansible.module_utils.rayplane_aws import (
+    OWNER_TAG,
+    Api,
+    Changes,
+    PlatformError,
+    cure_of,
+    sync_tags,
+    wait_until,
+)
 from ansible.module_utils.rayplane_gpus import GPU_LABEL, LABEL_OF_FAMILY
 
 __all__ = [
@@ -27,9 +35,11 @@ __all__ = [
     "neuron_devices",
     "node_group_problem",
     "node_labels",
+    "refuse_ended",
     "require_cluster",
     "resolve_role",
     "retag",
+    "wait_for",
     "wait_for_update",
 ]
 
@@ -174,9 +184,83 @@ def resolve_role(role: str, known: Mapping[str, str]) -> str:
 
 
 def health(item: Mapping[str, Any]) -> str:
-    """Return the health issues of a node group or an add-on as one line; empty when there is none."""
-    issues = item.get("health", {}).get("issues", [])
-    return "; ".join(f"{issue.get('code', '?')}: {issue.get('message', '')}" for issue in issues)
+    """Return the health issues of a cluster, node group or add-on as one line; empty when there is none."""
+    return "; ".join(
+        _issue(one.get("code"), one.get("message"), one.get("resourceIds"))
+        for one in item.get("health", {}).get("issues", [])
+    )
+
+
+def _issue(code: str | None, message: str | None, resources: Sequence[str] | None) -> str:
+    of = f" ({', '.join(resources)})" if resources else ""
+    return f"{code or '?'}: {(message or '').rstrip('. ')}{of}"
+
+
+#: Kind -> statuses that end a wait for it to work, and those that end a wait for it to be gone: AWS does nothing more.
+ENDED = {
+    "cluster": (("FAILED", "DELETING"), ("FAILED",)),
+    "node group": (("CREATE_FAILED", "DELETE_FAILED", "DELETING"), ("DELETE_FAILED",)),
+    "add-on": (("CREATE_FAILED", "UPDATE_FAILED", "DELETE_FAILED", "DELETING"), ("DELETE_FAILED",)),
+}
+# Code of a health issue -> what to do about it, where the issue's own text names no error code of a call.
+_ISSUE_CURES = {
+    "NodeCreationFailure": "the nodes did not reach the API server: check their subnets' way there (NAT gateway or"
+    " endpoints), the security groups and the policies of the node role",
+    "InsufficientFreeAddresses": "the subnets are full: give larger ones (network_vpc_cidr) or free addresses",
+    "PodEvictionFailure": "a pod disruption budget holds pods back: loosen it, or set eks_force_upgrade to true",
+    "ConfigurationConflict": "set the add-on's resolve_conflicts to OVERWRITE, or remove what conflicts",
+    "Ec2SecurityGroupDeletionFailure": "something still uses the security group: remove it, then run again",
+}
+
+
+def _cure(issues: str) -> str:
+    return cure_of(issues) or next((cure for code, cure in _ISSUE_CURES.items() if code in issues), "")
+
+
+def refuse_ended(kind: str, owner: str, found: Mapping[str, Mapping[str, Any] | None], *, gone: bool = False) -> None:
+    """Raise ``PlatformError`` with AWS's health issues where waiting for these things, by name, is pointless."""
+    ended = []
+    for name, thing in found.items():
+        if thing is None or thing["status"] not in ENDED[kind][gone]:
+            continue
+        issues = health(thing)
+        cure = _cure(issues) or "destroy it and run again" * (kind == "cluster")
+        text = f"{kind} {name}{f' of {owner}' * (owner != name)}: {thing['status']}: {issues or 'no reason given'}"
+        anew = f". {kind[0].upper()}{kind[1:]}s whose creation failed are made anew by the next run"
+        ended.append(f"{text}{f'. Cure: {cure}' if cure else ''}{anew if thing['status'] == 'CREATE_FAILED' else ''}")
+    if ended:
+        raise PlatformError("; ".join(ended))
+
+
+def wait_for(
+    kind: str,
+    names: Iterable[str],
+    describe: Callable[[str], Mapping[str, Any] | None],
+    *,
+    owner: str,
+    timeout: float,
+    until: Sequence[str] = ("ACTIVE",),
+    gone: bool = False,
+) -> None:
+    """Wait until all of these things have a status of ``until`` or, with ``gone``, are there no more.
+
+    They are looked at side by side, so the first that fails ends the wait at once.
+    """
+    left = list(names)
+
+    def probe() -> tuple[bool, str]:
+        found = dict(zip(left, concurrently(describe, left), strict=True))
+        refuse_ended(kind, owner, found, gone=gone)
+        left[:] = [
+            name
+            for name, thing in found.items()
+            if (thing is not None if gone else thing is None or thing["status"] not in until)
+        ]
+        states = {name: found[name] or {"status": "not listed yet"} for name in left}
+        return not left, ", ".join(f"{name} is {one['status']} {health(one)}".strip() for name, one in states.items())
+
+    if left:
+        wait_until(f"{'deletion of ' * gone}{kind} {', '.join(left)}", probe, timeout)
 
 
 def retag(
@@ -202,11 +286,13 @@ def wait_for_update(api: Api, resource: str, update: Any, timeout: float, **iden
         answer = api.read("describe_update", resource, updateId=update_id, **identity)["update"]
         if answer["status"] in ("Failed", "Cancelled"):
             reasons = "; ".join(
-                f"{error.get('errorCode')}: {error.get('errorMessage')}" for error in answer.get("errors", [])
+                _issue(error.get("errorCode"), error.get("errorMessage"), error.get("resourceIds"))
+                for error in answer.get("errors", [])
             )
+            cure = _cure(reasons)
             raise PlatformError(
                 f"update {update_id} ({answer['type']}) of {resource} ended as {answer['status']}:"
-                f" {reasons or 'no reason given'}"
+                f" {reasons or 'no reason given'}{f'. Cure: {cure}' if cure else ''}"
             )
         return answer["status"] == "Successful", f"update {update_id} is {answer['status']}"
 

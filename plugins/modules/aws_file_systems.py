@@ -407,6 +407,8 @@ class FileSystems:
         def probe() -> tuple[bool, str]:
             have = self._find(name)
             state = have["LifeCycleState"] if have else "not listed yet"
+            if state == "error":
+                raise PlatformError(f"file system {name} is in state error: see it in the EFS console, then delete it")
             return state == "available", f"state {state}"
 
         wait_until(f"file system {name}", probe, self.params["wait_timeout"])
@@ -444,6 +446,10 @@ class FileSystems:
     def _wait_targets(self, name: str, system_id: str, count: int) -> None:
         def probe() -> tuple[bool, str]:
             states = [one["LifeCycleState"] for one in self._targets(system_id)]
+            if "error" in states:
+                raise PlatformError(
+                    f"a mount target of file system {name} ({system_id}) is in state error: delete it, then run again"
+                )
             return states.count("available") >= count, f"states {', '.join(states) or 'none'}"
 
         wait_until(f"mount targets of file system {name}", probe, self.params["wait_timeout"])

@@ -127,14 +127,16 @@ import json
 from typing import Any
 
 import yaml
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
 from ansible.module_utils.rayplane_eks import (
     EksSet,
     concurrently,
     find_cluster,
     health,
+    refuse_ended,
     resolve_role,
     retag,
+    wait_for,
     wait_for_update,
 )
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
@@ -159,7 +161,7 @@ class Addons(EksSet):
         touched = []
         for addon in self.params["addons"]:
             now = have.get(addon["name"])
-            if now is not None and now["status"] in ("CREATE_FAILED", "DELETING"):
+            if now is not None and now["status"] in ("CREATE_FAILED", "DELETE_FAILED", "DELETING"):
                 self._delete({addon["name"]: now})
                 now = None
             changed = self._create(addon) if now is None else self._update(addon, now)
@@ -175,8 +177,7 @@ class Addons(EksSet):
         pending: list[str] = []
         if unsettled and not self.changes.check_mode:
             if self._has_nodes():
-                for name in touched:
-                    self._wait_until_active(name)
+                self._wait_for(touched)
             else:
                 pending = unsettled
         if touched and not self.changes.check_mode:
@@ -192,10 +193,10 @@ class Addons(EksSet):
         if self.changes.check_mode:
             return self._facts({}, [])
         names: list[str] = self.params["wait_for"]
-        has_nodes = self._has_nodes()
-        for name in names:
-            self._wait_until_active(name, once=not has_nodes)
+        if self._has_nodes():
+            self._wait_for(names)
         have = {name: addon for name in names if (addon := self._describe(name))}
+        refuse_ended("add-on", self.cluster_name, have)
         return self._facts(have, [name for name in names if have.get(name, {}).get("status") != "ACTIVE"])
 
     def _refuse_nonsense(self) -> None:
@@ -259,7 +260,7 @@ class Addons(EksSet):
         name = addon["name"]
         resource = f"add-on {name}"
         if now["status"] in ("CREATING", "UPDATING") and not self.changes.check_mode and self._has_nodes():
-            self._wait_until_active(name)
+            self._wait_for([name])
         config: dict[str, Any] = {}
         version = self._version(addon, now)
         if self.changes.update(resource, {"version": now.get("addonVersion")}, {"version": version}):
@@ -345,33 +346,12 @@ class Addons(EksSet):
             self.changes.delete(resource, {"version": addon.get("addonVersion")})
             if addon["status"] != "DELETING":
                 self.api.write("delete_addon", resource, clusterName=self.cluster_name, addonName=name)
-        for name in addons:
-            if not self.changes.check_mode:
-                self._wait_until_gone(name)
+        if not self.changes.check_mode:
+            self._wait_for(list(addons), gone=True)
 
-    def _wait_until_gone(self, name: str) -> None:
-        def probe() -> tuple[bool, str]:
-            addon = self._describe(name)
-            return addon is None, f"status {addon['status']}" if addon else "gone"
-
-        wait_until(f"removal of add-on {name}", probe, self.params["wait_timeout"])
-
-    def _wait_until_active(self, name: str, once: bool = False) -> None:
-        """Wait until an add-on is active; ``once`` only looks whether it has failed."""
-
-        def probe() -> tuple[bool, str]:
-            addon = self._describe(name)
-            if addon is None:
-                return once, "not listed yet"
-            if addon["status"].endswith("_FAILED"):
-                anew = ". An add-on whose creation failed is made anew by the next run"
-                raise PlatformError(
-                    f"add-on {name} of {self.cluster_name}: {addon['status']}: {health(addon) or 'no reason given'}"
-                    f"{anew if addon['status'] == 'CREATE_FAILED' else ''}"
-                )
-            return once or addon["status"] == "ACTIVE", f"status {addon['status']} {health(addon)}".strip()
-
-        wait_until(f"add-on {name}", probe, self.params["wait_timeout"])
+    def _wait_for(self, names: list[str], *, gone: bool = False) -> None:
+        timeout = self.params["wait_timeout"]
+        wait_for("add-on", names, self._describe, owner=self.cluster_name, timeout=timeout, gone=gone)
 
 
 def _configuration(addon: dict[str, Any]) -> str:

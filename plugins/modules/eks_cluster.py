@@ -176,9 +176,16 @@ from ansible.module_utils.rayplane_aws import (
     sync_tags,
     tag_dict,
     tag_list,
-    wait_until,
 )
-from ansible.module_utils.rayplane_eks import ABSENT, concurrently, find_cluster, minor, retag, wait_for_update
+from ansible.module_utils.rayplane_eks import (
+    ABSENT,
+    concurrently,
+    find_cluster,
+    minor,
+    retag,
+    wait_for,
+    wait_for_update,
+)
 from ansible.module_utils.rayplane_log_group import LogGroup
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
@@ -209,13 +216,13 @@ class Cluster:
         """Bring the cluster to its description and return its facts."""
         now = self._find_ours()
         if now is not None and now["status"] == "DELETING":
-            self._wait_until_gone()
+            self._wait_for_cluster(gone=True)
             now = None
         if now is None:
             self._create()
         else:
-            if now["status"] in ("CREATING", "UPDATING", "PENDING") and not self.changes.check_mode:
-                self._wait_until_active()
+            if now["status"] != "ACTIVE" and not self.changes.check_mode:
+                self._wait_for_cluster()
                 now = find_cluster(self.api, self.name) or now
             self._reconcile(now)
         # What was read says all, unless something was changed since.
@@ -232,8 +239,7 @@ class Cluster:
             self.changes.delete(self.resource, {"version": now["version"], "endpoint": now.get("endpoint")})
             if now["status"] != "DELETING":
                 self.api.write("delete_cluster", self.resource, busy=self.params["wait_timeout"], name=self.name)
-            if not self.changes.check_mode:
-                self._wait_until_gone()
+            self._wait_for_cluster(gone=True)
         return {"cluster": {}}
 
     def deletable(self) -> dict[str, Any]:
@@ -263,7 +269,8 @@ class Cluster:
         return now
 
     def _delete_node_groups(self) -> None:
-        for name in self._node_groups():
+        names = self._node_groups()
+        for name in names:
             resource = f"node group {name}"
             self.changes.delete(resource)
             # One that is being deleted already answers that it is in use.
@@ -277,12 +284,7 @@ class Cluster:
                     nodegroupName=name,
                 )
 
-        def probe() -> tuple[bool, str]:
-            names = self._node_groups()
-            return not names, f"left: {', '.join(names)}"
-
-        if not self.changes.check_mode:
-            wait_until(f"deletion of the node groups of {self.name}", probe, self.params["wait_timeout"])
+        self._wait_for("node group", names, self._node_group, gone=True)
 
     def _node_groups(self) -> list[str]:
         names: list[str] = self.api.pages("list_nodegroups", "nodegroups", self.resource, clusterName=self.name)
@@ -335,8 +337,7 @@ class Cluster:
         self._keep_log_group()
         self.changes.create(self.resource, wanted)
         self.api.write("create_cluster", self.resource, settle=90, name=self.name, **wanted)
-        if not self.changes.check_mode:
-            self._wait_until_active()
+        self._wait_for_cluster()
 
     def _reconcile(self, now: dict[str, Any]) -> None:
         self._refuse_the_impossible(now)
@@ -518,28 +519,16 @@ class Cluster:
             self.changes.update(self.resource, {"version": f"1.{step - 1}"}, {"version": f"1.{step}"})
             update = self.api.write("update_cluster_version", self.resource, name=self.name, version=f"1.{step}")
             wait_for_update(self.api, self.resource, update, self.params["wait_timeout"], name=self.name)
-            if not self.changes.check_mode:
-                self._wait_until_active()
+            self._wait_for_cluster()
 
-    def _wait_until_active(self) -> None:
-        def probe() -> tuple[bool, str]:
-            cluster = find_cluster(self.api, self.name)
-            status = cluster["status"] if cluster else "not listed yet"
-            if status == "FAILED":
-                raise PlatformError(
-                    f"{self.resource} failed: see its health in the EKS console, destroy it and run again"
-                )
-            return status == "ACTIVE", f"status {status}"
+    def _wait_for_cluster(self, *, gone: bool = False) -> None:
+        self._wait_for("cluster", [self.name], lambda name: find_cluster(self.api, name), gone=gone)
 
-        wait_until(self.resource, probe, self.params["wait_timeout"], delay=2)
-
-    def _wait_until_gone(self) -> None:
-        def probe() -> tuple[bool, str]:
-            cluster = find_cluster(self.api, self.name)
-            return cluster is None, f"status {cluster['status'] if cluster else 'gone'}"
-
+    def _wait_for(
+        self, kind: str, names: list[str], describe: Callable[[str], dict[str, Any] | None], *, gone: bool = False
+    ) -> None:
         if not self.changes.check_mode:
-            wait_until(f"deletion of {self.resource}", probe, self.params["wait_timeout"], delay=5)
+            wait_for(kind, names, describe, owner=self.name, timeout=self.params["wait_timeout"], gone=gone)
 
 
 def _mode(cluster: dict[str, Any]) -> str:

@@ -257,7 +257,7 @@ node_groups:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run, wait_until
+from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
 from ansible.module_utils.rayplane_eks import (
     NEURON_TAG,
     EksSet,
@@ -269,6 +269,7 @@ from ansible.module_utils.rayplane_eks import (
     node_group_problem,
     node_labels,
     retag,
+    wait_for,
     wait_for_update,
 )
 from ansible.module_utils.rayplane_launch_templates import LaunchTemplates, PlacementGroups, template_data
@@ -310,10 +311,11 @@ class NodeGroups(EksSet):
                 self._create(group, template)
             else:
                 self._update(group, now, version, template)
-        self._wait_for_all()
+        self._wait_for(self.touched)
         self._prune(groups)
         if self.changes.actions and not self.changes.check_mode:
             have = self._observe([*{*have, *(group["name"] for group in groups)}])
+        self._warn_of_degraded({group["name"]: have[group["name"]] for group in groups if group["name"] in have})
         return {"node_groups": {name: group["status"] for name, group in have.items()}}
 
     def absent(self) -> dict[str, Any]:
@@ -385,8 +387,8 @@ class NodeGroups(EksSet):
         if now is None:
             return False
         resource = f"node group {group['name']}"
-        if now["status"] in ("CREATE_FAILED", "DELETING"):
-            # It holds no node and never will.
+        if now["status"] in ("CREATE_FAILED", "DELETE_FAILED", "DELETING"):
+            # It never becomes active again.
             return True
         want = only_given(self._fixed(group))
         have = {key: sorted(now[key]) if key == "subnets" else now.get(key) for key in want}
@@ -443,18 +445,7 @@ class NodeGroups(EksSet):
                     clusterName=self.cluster_name,
                     nodegroupName=name,
                 )
-        for name in groups:
-            if not self.changes.check_mode:
-                self._wait_until_gone(name)
-
-    def _wait_until_gone(self, name: str) -> None:
-        def probe() -> tuple[bool, str]:
-            group = self._describe(name)
-            if group and group["status"] == "DELETE_FAILED":
-                raise PlatformError(f"node group {name} could not be deleted: {health(group)}")
-            return group is None, f"status {group['status']}" if group else "gone"
-
-        wait_until(f"deletion of node group {name}", probe, self.params["wait_timeout"])
+        self._wait_for(list(groups), gone=True)
 
     def _fixed(self, group: dict[str, Any]) -> dict[str, Any]:
         # The type of a capacity block stands in its launch template, and nowhere else.
@@ -514,8 +505,8 @@ class NodeGroups(EksSet):
 
     def _update(self, group: dict[str, Any], now: dict[str, Any], version: str, template: dict[str, str]) -> None:
         resource = f"node group {group['name']}"
-        if now["status"] in BUSY and not self.changes.check_mode:
-            self._wait_until_active(group["name"])
+        if now["status"] in BUSY:
+            self._wait_for([group["name"]])
         config = {**self._scaling(resource, group, now), **self._labels_and_taints(resource, group, now)}
         limits = _update_config(group)
         held = {key: value for key, value in (now.get("updateConfig") or {}).items() if key.startswith("maxUnavail")}
@@ -534,8 +525,6 @@ class NodeGroups(EksSet):
         wanted = self._group_tags(group)
         retag(self.api, self.changes, resource, now["nodegroupArn"], have=now.get("tags", {}), want=wanted)
         self._upgrade(resource, group, now, version, template)
-        if now["status"] == "DEGRADED":
-            self.changes.warnings.append(f"{resource} is degraded: {health(now) or 'no reason given'}")
 
     def _scaling(self, resource: str, group: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         scaling = now["scalingConfig"]
@@ -596,23 +585,22 @@ class NodeGroups(EksSet):
             self.api, resource, update, self.params["wait_timeout"], name=self.cluster_name, nodegroupName=name
         )
 
-    def _wait_for_all(self) -> None:
-        for name in self.touched:
-            if not self.changes.check_mode:
-                self._wait_until_active(name)
+    def _wait_for(self, names: list[str], *, gone: bool = False) -> None:
+        if not self.changes.check_mode:
+            wait_for(
+                "node group",
+                names,
+                self._describe,
+                owner=self.cluster_name,
+                timeout=self.params["wait_timeout"],
+                until=("ACTIVE", "DEGRADED"),
+                gone=gone,
+            )
 
-    def _wait_until_active(self, name: str) -> None:
-        def probe() -> tuple[bool, str]:
-            group = self._describe(name)
-            if group is None:
-                return False, "not listed yet"
-            if group["status"].endswith("_FAILED"):
-                raise PlatformError(
-                    f"node group {name} of {self.cluster_name}: {group['status']}: {health(group) or 'no reason given'}"
-                )
-            return group["status"] in ("ACTIVE", "DEGRADED"), f"status {group['status']} {health(group)}".strip()
-
-        wait_until(f"node group {name}", probe, self.params["wait_timeout"])
+    def _warn_of_degraded(self, groups: dict[str, dict[str, Any]]) -> None:
+        for name, group in groups.items():
+            if group["status"] == "DEGRADED":
+                self.changes.warnings.append(f"node group {name} is degraded: {health(group) or 'no reason given'}")
 
 
 def _desired(group: dict[str, Any]) -> int:

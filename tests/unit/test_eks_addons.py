@@ -245,7 +245,7 @@ def test_without_nodes_nothing_is_waited_for(clock: Clock, nodes: dict[str, int]
     # A run cut short here leaves it to the next.
     assert facts(eks, addon())[0]["pending"] == ["coredns"]
     eks.nodes = {"cpu": 2}
-    with pytest.raises(PlatformError, match="status CREATING"):
+    with pytest.raises(PlatformError, match="coredns is CREATING"):
         converge(eks, addon())
 
 
@@ -281,11 +281,23 @@ def test_one_that_failed_on_the_nodes_fails_the_run() -> None:
         with pytest.raises(PlatformError, match=r"coredns of c1: CREATE_FAILED: ConfigurationConflict.*made anew"):
             converge(eks, wait_for=["coredns"])
     eks.addons["coredns"]["status"] = "DEGRADED"
-    with pytest.raises(PlatformError, match="status DEGRADED ConfigurationConflict"):
+    with pytest.raises(PlatformError, match="coredns is DEGRADED ConfigurationConflict"):
         converge(eks, wait_for=["coredns"])
     # Groups of size zero will not make it active; that is no reason to fail.
     eks.nodes = {"gpu": 0}
     assert facts(eks, wait_for=["coredns"])[0]["pending"] == ["coredns"]
+
+
+def test_a_removal_that_fails_ends_the_wait(clock: Clock) -> None:
+    eks = FakeEks()
+    converge(eks, addon())
+    issue = {"code": "AdmissionRequestDenied", "message": "denied by a webhook", "resourceIds": ["coredns"]}
+    failed = {"status": "DELETE_FAILED", "health": {"issues": [issue]}}
+    eks.client.handlers["delete_addon"] = lambda addonName, **_: eks.addons[addonName].update(failed)
+    said = r"^add-on coredns of c1: DELETE_FAILED: AdmissionRequestDenied: denied by a webhook \(coredns\)$"
+    with pytest.raises(PlatformError, match=said):
+        converge(eks)
+    assert clock.now == 0
 
 
 def test_a_run_with_nothing_to_do_asks_for_no_nodes() -> None:

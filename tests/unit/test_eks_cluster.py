@@ -67,6 +67,8 @@ class FakeEks:
             **overrides,
         }
         self.update_status = ["InProgress", "Successful"]
+        #: What a node group's description holds beside its name and version.
+        self.group: dict[str, Any] = {"status": "ACTIVE"}
         self.groups: list[str] = []
         self.nodes_version = "1.34"
         self.group_tags: list[dict[str, str]] = []
@@ -99,9 +101,7 @@ class FakeEks:
             describe_update=self.describe_update,
             tag_resource=lambda **_: {},
             list_nodegroups=lambda **_: {"nodegroups": list(self.groups)},
-            describe_nodegroup=lambda nodegroupName, **_: {
-                "nodegroup": {"status": "ACTIVE", "nodegroupName": nodegroupName, "version": self.nodes_version}
-            },
+            describe_nodegroup=self.describe_nodegroup,
             delete_nodegroup=lambda nodegroupName, **_: self.groups.remove(nodegroupName) or {},
             delete_cluster=self.delete_cluster,
         )
@@ -110,6 +110,11 @@ class FakeEks:
         if self.cluster is None:
             raise refusal("ResourceNotFoundException")
         return {"cluster": self.cluster}
+
+    def describe_nodegroup(self, nodegroupName: str, **_: Any) -> Any:
+        if nodegroupName not in self.groups:
+            raise refusal("ResourceNotFoundException")
+        return {"nodegroup": {"nodegroupName": nodegroupName, "version": self.nodes_version, **self.group}}
 
     def create_cluster(self, **given: Any) -> Any:
         self.cluster = {**given, "arn": "arn:c1", "status": "ACTIVE", "endpoint": "https://c1"}
@@ -132,7 +137,8 @@ class FakeEks:
 
     def describe_update(self, **_: Any) -> Any:
         status = self._polls.pop(0) if len(self._polls) > 1 else self._polls[0]
-        errors = [{"errorCode": "IpNotAvailable", "errorMessage": "no addresses"}] if status == "Failed" else []
+        error = {"errorCode": "IpNotAvailable", "errorMessage": "no addresses", "resourceIds": ["subnet-a"]}
+        errors = [error] if status == "Failed" else []
         return {"update": {"id": "u1", "status": status, "type": "VersionUpdate", "errors": errors}}
 
 
@@ -287,15 +293,37 @@ def test_the_role_of_a_cluster_cannot_change() -> None:
 def test_a_failed_update_tells_what_aws_said() -> None:
     eks = FakeEks(version="1.33")
     eks.update_status = ["Failed"]
-    with pytest.raises(PlatformError, match="IpNotAvailable: no addresses"):
+    with pytest.raises(PlatformError, match=r"IpNotAvailable: no addresses \(subnet-a\)"):
         converge(eks)
 
 
 def test_waits_are_bounded_and_tell_what_was_seen(clock: Clock) -> None:
     eks = FakeEks(status="UPDATING")
-    with pytest.raises(PlatformError, match="not there after 100 s, last seen: status UPDATING"):
+    with pytest.raises(PlatformError, match="not there after 100 s, last seen: c1 is UPDATING"):
         converge(eks)
     assert clock.now <= 100
+
+
+def test_a_cluster_that_failed_ends_the_wait_with_its_health(clock: Clock) -> None:
+    issue = {"code": "Ec2SubnetNotFound", "message": "The subnet does not exist.", "resourceIds": ["subnet-a"]}
+    eks = FakeEks(status="FAILED", health={"issues": [issue]})
+    said = r"^cluster c1: FAILED: Ec2SubnetNotFound: The subnet does not exist \(subnet-a\)\. Cure: destroy it"
+    with pytest.raises(PlatformError, match=said):
+        converge(eks)
+    assert clock.now == 0
+    assert eks.client.writes() == []
+
+
+def test_a_node_group_that_cannot_be_deleted_ends_the_destruction(clock: Clock) -> None:
+    eks = FakeEks()
+    eks.groups = ["gpu"]
+    issue = {"code": "Ec2SecurityGroupDeletionFailure", "message": "in use", "resourceIds": ["sg-2"]}
+    failed = {"status": "DELETE_FAILED", "health": {"issues": [issue]}}
+    eks.client.handlers["delete_nodegroup"] = lambda **_: eks.group.update(failed)
+    said = r"^node group gpu of c1: DELETE_FAILED: Ec2SecurityGroupDeletionFailure: in use \(sg-2\)\. Cure: something"
+    with pytest.raises(PlatformError, match=said):
+        converge(eks, state="absent")
+    assert clock.now == 0
 
 
 def test_a_refused_call_names_call_resource_reason_and_cure() -> None:

@@ -4,11 +4,12 @@
 import re
 from typing import Any
 
+import boto3
 import eks_node_groups
 import pytest
 import yaml
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from ansible.module_utils.rayplane_eks import GPU_LABEL, NEURON_TAG, image_problem, neuron_devices, node_labels
+from ansible.module_utils.rayplane_eks import ENDED, GPU_LABEL, NEURON_TAG, image_problem, neuron_devices, node_labels
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from aws_fake import Clock, FakeClient, refusal
@@ -286,8 +287,9 @@ def test_a_fixed_property_is_replaced_where_allowed(eks: FakeEks) -> None:
     assert changes.actions == ["delete node group gpu", "create node group gpu"]
 
 
-def test_a_group_that_failed_at_birth_is_made_anew(eks: FakeEks) -> None:
-    eks.groups["gpu"]["status"] = "CREATE_FAILED"
+@pytest.mark.parametrize("status", ["CREATE_FAILED", "DELETE_FAILED"])
+def test_a_group_that_failed_is_made_anew(eks: FakeEks, status: str) -> None:
+    eks.groups["gpu"]["status"] = status
     assert converge(eks, GROUP).actions == ["delete node group gpu", "create node group gpu"]
 
 
@@ -333,6 +335,53 @@ def test_waiting_for_nodes_is_bounded_and_shows_their_health(eks: FakeEks, clock
     with pytest.raises(PlatformError, match="InsufficientFreeAddresses: subnet is full"):
         converge(eks, GROUP)
     assert clock.now <= 60
+
+
+QUOTA = (
+    "Could not launch On-Demand Instances. VcpuLimitExceeded - You have requested more vCPU capacity than your current"
+    " vCPU limit of 0 allows. Launching EC2 instance failed."
+)
+
+
+def test_the_first_group_that_fails_ends_the_wait_with_its_health(clock: Clock) -> None:
+    fake = FakeEks()
+    issue = {"code": "AsgInstanceLaunchFailures", "message": QUOTA, "resourceIds": ["eks-gpu-1", "eks-gpu-2"]}
+    failed = {"status": "CREATE_FAILED", "health": {"issues": [issue]}}
+
+    def create(**given: Any) -> Any:
+        made = FakeEks.create_nodegroup(fake, **given)
+        made["nodegroup"].update(failed if given["nodegroupName"] == "gpu" else {"status": "CREATING"})
+        return made
+
+    fake.client.handlers["create_nodegroup"] = create
+    with pytest.raises(PlatformError) as caught:
+        converge(fake, group(name="cpu"), GROUP)
+    assert clock.now == 0
+    said = str(caught.value)
+    assert said.startswith(
+        f"node group gpu of c1: CREATE_FAILED: AsgInstanceLaunchFailures: {QUOTA.rstrip('.')} (eks-gpu-1, eks-gpu-2)."
+        " Cure: raise the quota for vCPUs"
+    )
+    assert "\n" not in said
+
+
+def test_a_deletion_that_fails_ends_the_wait(eks: FakeEks, clock: Clock) -> None:
+    failed = {"status": "DELETE_FAILED", "health": {"issues": [{"code": "PodEvictionFailure", "message": "held"}]}}
+    eks.client.handlers["delete_nodegroup"] = lambda nodegroupName, **_: eks.groups[nodegroupName].update(failed)
+    with pytest.raises(PlatformError, match=r"gpu of c1: DELETE_FAILED: PodEvictionFailure: held\. Cure: a pod disr"):
+        converge(eks)
+    assert clock.now == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("cluster", "ClusterStatus"), ("node group", "NodegroupStatus"), ("add-on", "AddonStatus")]
+)
+def test_every_failed_status_of_the_service_ends_a_wait(kind: str, shape: str) -> None:
+    model = boto3.Session().client("eks", region_name="us-west-2").meta.service_model
+    known = set(model.shape_for(shape).enum)
+    for ended in ENDED[kind]:
+        assert set(ended) <= known
+    assert {one for one in known if "FAILED" in one} <= set(ENDED[kind][0])
 
 
 def test_a_degraded_group_is_reported(eks: FakeEks) -> None:
