@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from botocore.exceptions import ClientError
 
 from .account import Account
 from .answers import Recorder
+from .conftest import ENTRIES, Playbook
 
 TRUST = '{"Version": "2012-10-17", "Statement": []}'
 TAGS = {"team": "ml"}
@@ -325,6 +327,16 @@ def test_a_node_group_fails_where_the_quota_does_not_suffice(account: Account) -
     assert made("spot", 1, capacityType="SPOT")["status"] == "ACTIVE"
     eks.update_nodegroup_config(clusterName="one", nodegroupName="fits", scalingConfig={"desiredSize": 3})
     assert eks.describe_nodegroup(clusterName="one", nodegroupName="fits")["nodegroup"]["status"] == "DEGRADED"
+
+
+def test_a_deployment_above_the_quota_says_so(account: Account, playbook: Playbook) -> None:
+    configure(account, quotas={"L-DB2E81BA": 0, "L-3819A6DF": 0})
+    run = playbook(
+        *("playbooks/deploy.yml", "-i", "inventories/dev", "--tags", "encryption,network,storage,eks"),
+        variables={**account.environment, "eks_access_entries": ENTRIES},
+    )
+    assert run.returncode
+    assert re.search("L-(DB2E81BA|3819A6DF)", run.failure("ray-llm-dev")), run.text[-3000:]
 
 
 def test_a_cluster_is_refused_in_a_zone_without_eks(account: Account) -> None:
