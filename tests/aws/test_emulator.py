@@ -281,6 +281,15 @@ def test_what_aws_refuses_is_refused(account: Account, what: str) -> None:
     assert refused.value.response["Error"]["Code"] == code
 
 
+def test_the_rule_that_a_new_group_has_is_revoked_however_it_is_written(account: Account) -> None:
+    group = security_group(account.ec2)
+    everything = {"IpProtocol": "-1", "FromPort": 0, "ToPort": 0, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
+    for call in ("revoke_security_group_egress", "authorize_security_group_egress"):
+        getattr(account.ec2, call)(GroupId=group, IpPermissions=[everything])
+    (kept,) = account.ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissionsEgress"]
+    assert "FromPort" not in kept
+
+
 def test_a_taken_name_is_there_and_forbidden(account: Account) -> None:
     configure(account, taken_buckets=["ray-llm-models"])
     s3 = account.client("s3")

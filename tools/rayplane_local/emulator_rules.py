@@ -215,9 +215,15 @@ def head_bucket(inner: Callable[[str], Answer], name: str) -> Answer:
 
 
 def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefix: str) -> Any:
-    """Read the rules of a request, with their networks in canonical form, as AWS keeps them."""
+    """Read the rules of a request, with protocols and networks in canonical form, as AWS keeps them."""
     rules = inner(params, prefix)
     for rule in rules:
+        protocol = str(rule["IpProtocol"]).lower()
+        rule["IpProtocol"] = {"all": "-1", "1": "icmp", "6": "tcp", "17": "udp"}.get(protocol, protocol)
+        if rule["IpProtocol"] == "-1":
+            # It has no ports, whatever was asked for.
+            rule.pop("FromPort", None)
+            rule.pop("ToPort", None)
         for key, name in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6")):
             for one in rule[key]:
                 try:
@@ -231,8 +237,6 @@ def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefi
 def sources(rule: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return a rule as AWS counts them: protocol, ports and one source."""
     head = tuple(str(rule.get(key, "")) for key in ("IpProtocol", "FromPort", "ToPort"))
-    if head[0] == "-1":
-        head = ("-1", "", "")
     keys = (
         ("IpRanges", "CidrIp"),
         ("Ipv6Ranges", "CidrIpv6"),
@@ -267,9 +271,8 @@ def authorize(key: str, inner: Callable[[Params], Answer], params: Params) -> An
 
 def contradiction(rule: dict[str, Any]) -> tuple[str, str] | None:
     """Return error code and message for a rule that no packet could match, or None."""
-    protocol = str(rule["IpProtocol"]).lower()
-    low, high = rule.get("FromPort"), rule.get("ToPort")
-    if protocol in ("tcp", "udp", "6", "17"):
+    protocol, low, high = rule["IpProtocol"], rule.get("FromPort"), rule.get("ToPort")
+    if protocol in ("tcp", "udp"):
         if low is None or high is None:
             message = "Invalid value 'Must specify both from and to ports with TCP/UDP.' for portRange."
             return "InvalidParameterValue", message
