@@ -289,6 +289,8 @@ WRAPPED: dict[str, Callable[[Inner, Params], Answer]] = {
     "DescribeVpcPeeringConnections": describe_peerings,
     "TerminateInstances": terminate_instances,
 }
+
+
 def describe_instance_type_offerings(params: Params) -> Answer:
     """DescribeInstanceTypeOfferings: types that are named as AWS names them, in every zone."""
     items = "".join(
