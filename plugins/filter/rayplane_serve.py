@@ -67,12 +67,9 @@ def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def rayservice_routes(models: Sequence[Json], gateway: bool = False) -> dict[str, str]:
-    """Route prefix of each model: ``/`` for a model that stands alone, ``/<id>`` beside others, or what the model says
-    itself. The ``gateway`` has all models at ``/``."""
-    if gateway:
-        return {model["id"]: "/" for model in models}
-    alone = len(models) == 1
-    return {model["id"]: model.get("route_prefix") or ("/" if alone else f"/{model['id']}") for model in models}
+    """Route prefix of each model: ``/<id>``, so that a second model moves no address of the first, or what the model
+    says itself. The ``gateway`` has all models at ``/``."""
+    return {model["id"]: "/" if gateway else model.get("route_prefix") or f"/{model['id']}" for model in models}
 
 
 def _app(model: Json, route_prefix: str, location: str, settings: Mapping[str, Any]) -> Json:

@@ -49,6 +49,9 @@ def port() -> Iterator[Callable[[], int]]:
         yield lambda: int(held.enter_context(reserve()).getsockname()[1])
 
 
+REDIS = ("redis-server", "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+
+
 class RedisServer:
     """A Redis of the test's own; `stop`, `start`, `kill`, `freeze` and `thaw` are its faults."""
 
@@ -73,18 +76,7 @@ class RedisServer:
         if self.process is not None and self.process.poll() is None:
             return
         self.process = subprocess.Popen(
-            [
-                *DIE_WITH_PARENT,
-                "redis-server",
-                "--port",
-                str(self.port),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--appendonly",
-                "no",
-            ],
+            [*DIE_WITH_PARENT, *REDIS, "--port", str(self.port)],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -110,13 +110,13 @@ def test_deployment_options_pass_through() -> None:
 
 
 def test_routes() -> None:
-    assert rayservice_routes([SMALL]) == {"small": "/"}
     assert rayservice_routes([SMALL, LLAMA]) == {"small": "/small", "llama-3-8b": "/llama-3-8b"}
-    assert rayservice_routes([{**SMALL, "route_prefix": "/"}, LLAMA])["small"] == "/"
+    assert rayservice_routes([{**SMALL, "route_prefix": "/"}]) == {"small": "/"}
+    assert rayservice_routes([SMALL, LLAMA], gateway=True) == {"small": "/", "llama-3-8b": "/"}
 
 
 def test_smoke_questions() -> None:
-    assert smoke_questions([SMALL]) == [{"id": "small", "route_prefix": "/", "expect": "Paris"}]
+    assert smoke_questions([SMALL]) == [{"id": "small", "route_prefix": "/small", "expect": "Paris"}]
 
 
 def test_derived_groups() -> None:

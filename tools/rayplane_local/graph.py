@@ -1,7 +1,7 @@
 """A small graph of work: what waits for what, and which lane it runs in.
 
-Work that computes and work that downloads share a machine well; two that compute do not. A lane runs one piece at a
-time.
+A lane runs one piece at a time, and lanes run beside each other: work that computes and work that downloads share a
+machine well.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def artefacts_works(settings: Settings, released: set[str]) -> list[Work]:
         if parts.find_go(settings) is None:
             works.append(Work("go toolchain", lambda step: packages.fetch_go(settings, step), lane="compute"))
             go_step = ("go toolchain",)
-        # The modules share only Go's own packages: the smaller is compiled after the downloads, while the larger links.
+        # KubeRay's module shares only Go's own packages with the other, so the two are built beside each other.
         works += [
             Work(
                 f"build {part.name}",
