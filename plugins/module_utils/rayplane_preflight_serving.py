@@ -56,11 +56,12 @@ def models(values: Values) -> Iterator[Problem]:
             warning=True,
         )
     seen: dict[str, str] = {}
-    routes: dict[str, str] = {}
-    for path, entry in entries_of(values, "rayservice_models"):
+    models = list(entries_of(values, "rayservice_models"))
+    routes = {f"/{entry.get('id')}": path for path, entry in models if not entry.get("route_prefix")}
+    for path, entry in models:
         yield from _model_id(path, entry.get("id", ABSENT), seen)
         yield from _model_source(path, entry)
-        yield from _model_route(path, entry.get("route_prefix") or f"/{entry.get('id')}", routes)
+        yield from _model_route(path, entry.get("route_prefix"), routes)
         yield from _model_replicas(path, entry)
         yield from _model_resources(path, entry)
         yield from _model_engine(path, entry)
@@ -69,7 +70,7 @@ def models(values: Values) -> Iterator[Problem]:
 
 def _model_route(path: str, prefix: Any, seen: dict[str, str]) -> Iterator[Problem]:
     where = f"{path}.route_prefix"
-    if not isinstance(prefix, str):
+    if not isinstance(prefix, str) or not prefix:
         return
     if not prefix.startswith("/") or (prefix.endswith("/") and prefix != "/"):
         reason = "Serve's paths start with a slash and do not end with one"

@@ -338,9 +338,11 @@ def test_the_spec_takes_a_good_model() -> None:
 
 def test_paths_of_models_are_their_own() -> None:
     entries = [model(route_prefix="/a"), model(id="b", route_prefix="/a"), model(id="c", route_prefix="c/")]
+    entries += [model(id="d", route_prefix="/e"), model(id="e")]
     problems = found(rayservice_models=entries)
     assert "taken by rayservice_models[0]" in problems["rayservice_models[1].route_prefix"].reason
     assert problems["rayservice_models[2].route_prefix"].cure == "write /c"
+    assert "taken by rayservice_models[4]" in problems["rayservice_models[3].route_prefix"].reason
 
 
 def test_an_empty_model_list_warns() -> None:
