@@ -74,6 +74,11 @@ _RETENTION = (
     *(1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653),
 )
 
+#: What nodes and pods call, by interface endpoints where there is no NAT gateway. Source: EKS user guide, "Deploy
+#: private clusters with limited internet access"; Karpenter documentation, "Private Clusters".
+_NODE_SERVICES = ("ec2", "ecr.api", "ecr.dkr", "eks-auth", "sts")
+_AUTOSCALER_SERVICES = {"cluster_autoscaler": ("autoscaling", "eks"), "karpenter": ("eks", "sqs", "ssm")}
+
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d")
 _EKS_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}")
 
@@ -188,6 +193,7 @@ def network(values: Values) -> Iterator[Problem]:
     zones = values.get("network_availability_zones")
     yield from _zones(zones, values.get("platform_region"))
     yield from _access_and_logs(values)
+    yield from _ways_to_services(values)
     private = values.get("network_private_subnet_cidrs") or []
     public = values.get("network_public_subnet_cidrs") or []
     wrong = list(_cidrs("network_vpc_cidr", [cidr], single=True))
@@ -252,6 +258,33 @@ def _access_and_logs(values: Values) -> Iterator[Problem]:
             "add vended_logs, or set network_flow_logs_destination to cloudwatch",
         )
     yield from _retention("network_flow_logs_retention_days", values.get("network_flow_logs_retention_days"))
+
+
+def _ways_to_services(values: Values) -> Iterator[Problem]:
+    """Without NAT gateways, nodes and controllers reach AWS by endpoints alone."""
+    found, autoscaler = values.get("network_interface_endpoints"), values.get("platform_autoscaler")
+    if values.get("network_nat_mode") != "none" or values.get("network_existing_private_subnet_ids"):
+        return
+    wanted = [*_NODE_SERVICES, *(_AUTOSCALER_SERVICES.get(autoscaler, ()) if isinstance(autoscaler, str) else ())]
+    wanted += ["elasticloadbalancing"] * (values.get("eks_load_balancer_controller") is True)
+    made = ("ssm",) if values.get("network_admin_access") == "ssm" else ()
+    if strings(found) and (missing := [one for one in wanted if one not in (*found, *made)]):
+        yield Problem(
+            "network_interface_endpoints",
+            list(found),
+            f"without NAT gateways (network_nat_mode) nothing reaches {', '.join(missing)}",
+            "add them, or set network_nat_mode to single or per_zone",
+            # The owner of a VPC that exists may have endpoints there, or another way out.
+            warning=bool(values.get("network_existing_vpc_id") or values.get("network_existing_vpc_tags")),
+        )
+    if values.get("network_s3_endpoint") is False:
+        yield Problem(
+            "network_s3_endpoint",
+            False,
+            "the layers of images come from S3, and there is no NAT gateway (network_nat_mode)",
+            "set it to true, or set network_nat_mode to single or per_zone",
+            warning=True,
+        )
 
 
 def _retention(variable: str, days: Any) -> Iterator[Problem]:

@@ -74,9 +74,9 @@ def a_subnet_attribute_changed(account: Account) -> None:
     account.ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": False})
 
 
-@change((f"interface endpoint {NAME}-sts", ""))
+@change((f"gateway endpoint {NAME}-s3", ""))
 def an_endpoint_deleted(account: Account) -> None:
-    endpoint = _named(account, "VPC endpoint", "-sts", "VpcEndpointId")
+    endpoint = _named(account, "VPC endpoint", "-s3", "VpcEndpointId")
     account.ec2.delete_vpc_endpoints(VpcEndpointIds=[endpoint])
 
 

@@ -128,6 +128,34 @@ def test_the_logs_bucket_admits_flow_logs_that_go_there(changes: dict[str, Any],
     assert list(found(**LOGS | changes)) == ([variable] if variable else [])
 
 
+CLOSED = ["ec2", "ecr.api", "ecr.dkr", "eks-auth", "sts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "warning"),
+    [
+        ({"network_interface_endpoints": CLOSED}, "", False),
+        ({}, "ec2, ecr.api, ecr.dkr, eks-auth, sts", False),
+        ({"network_existing_vpc_id": "vpc-1"}, "ec2, ecr.api, ecr.dkr, eks-auth, sts", True),
+        ({"network_existing_private_subnet_ids": ["subnet-1", "subnet-2"]}, "", False),
+        ({"network_nat_mode": "single"}, "", False),
+        ({"network_interface_endpoints": CLOSED[1:], "platform_autoscaler": "karpenter"}, "ec2, eks, sqs, ssm", False),
+        (
+            {"network_interface_endpoints": [*CLOSED, "eks", "sqs"], "platform_autoscaler": "karpenter"}
+            | {"network_admin_access": "ssm"},
+            "",
+            False,
+        ),
+    ],
+)
+def test_without_nat_gateways_endpoints_are_the_only_way(changes: dict[str, Any], missing: str, warning: bool) -> None:
+    values = {"network_nat_mode": "none", "network_interface_endpoints": [], **changes}
+    problem = found(**values).get("network_interface_endpoints")
+    assert (problem is not None) == bool(missing)
+    if problem is not None:
+        assert (problem.reason.endswith(f"nothing reaches {missing}"), problem.warning) == (True, warning)
+
+
 def test_good_values_have_no_problem() -> None:
     assert found() == {}
 

@@ -408,17 +408,17 @@ def test_our_inventories_are_priced_completely(name: str, tmp_path: Path) -> Non
 
 def test_inventory_and_command_line_win_over_the_roles_defaults(tmp_path: Path) -> None:
     """The play knows the roles' defaults (which read each other), and both stronger sources override them."""
-    result, report = run_cost(
-        tmp_path,
-        *("-i", "inventories/prod", "-e", '{"eks_gpu_instance_types": ["g4dn.2xlarge"], "network_nat_mode": "none"}'),
-    )
+    endpoints = ["ec2", "ecr.api", "ecr.dkr", "eks-auth", "sts", "autoscaling", "eks"]
+    closed = {"network_nat_mode": "none", "network_interface_endpoints": endpoints}
+    given = json.dumps({"eks_gpu_instance_types": ["g4dn.2xlarge"], **closed})
+    result, report = run_cost(tmp_path, "-i", "inventories/prod", "-e", given)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {entry["item"]: entry for entry in next(iter(report["clusters"].values()))["rows"]}
     # From the command line, through the default of eks_node_groups.
     assert rows["node group gpu"]["detail"] == "g4dn.2xlarge"
     assert "NAT gateways" not in rows
-    # From the inventory: its endpoints; from the role's defaults: 200 GiB.
     assert "interface endpoints" in rows
+    # From the role's defaults.
     assert rows["root disks gpu"]["detail"].startswith("200 GiB")
 
 
