@@ -177,11 +177,24 @@ def _node_group_rows(group: Mapping[str, Any], prices: _Prices) -> list[Json]:
             )
             row[market], row[f"{market}_price"] = (low, begin, high), known[0]
     row["price"] = row[f"{declared}_price"]
-    disk = int(group.get("disk_size") or 20)
-    price = prices.service("gp3_gb", f"root disks {name}")
-    amount = _times(price, [count * disk for count in counts], Decimal(1))
-    detail = f"{disk} GiB gp3 each"
-    return [row, _row(f"root disks {name}", detail, row["count"], price, "GB month", on_demand=amount, spot=amount)]
+    return [row, *_disk_rows(name, group, counts, prices)]
+
+
+def _disk_rows(name: str, node: Mapping[str, Any], counts: Sequence[int], prices: _Prices) -> list[Json]:
+    """Root disks of nodes: their size, and what they have above gp3's own 3000 IOPS and 125 MiB/s."""
+    size = int(node.get("disk_size") or 20)
+    parts = [("root disks", f"{size} GiB gp3 each", size, "gp3_gb", "GB month")]
+    for option, unit, free in (("iops", "IOPS", 3000), ("throughput", "MiB/s", 125)):
+        more = int(node.get(f"disk_{option}") or 0) - free
+        if more > 0:
+            parts.append((f"disk {option}", f"{more} above {free} each", more, f"gp3_{option}", f"{unit} month"))
+    rows = []
+    for item, detail, each, service, unit in parts:
+        price = prices.service(service, f"{item} {name}")
+        amount = _times(price, [count * each for count in counts], Decimal(1))
+        count = "/".join(map(str, counts))
+        rows.append(_row(f"{item} {name}", detail, count, price, unit, on_demand=amount, spot=amount))
+    return rows
 
 
 def _pool_types(pool: Mapping[str, Any], prices: _Prices) -> list[str]:
@@ -258,14 +271,8 @@ def _pool_rows(pool: Mapping[str, Any], prices: _Prices, cluster: Mapping[str, A
             row[market] = (Decimal(0), _cents(amount * HOURS_PER_MONTH), _cents(max(most) * HOURS_PER_MONTH))
             if market == declared:
                 counts = (nodes, max(room or 0 for room in rooms.values()))
-    disk = int(cluster["pool_disks"].get(pool.get("node_class") or "default") or 20)
-    price = prices.service("gp3_gb", f"root disks {pool['name']}")
-    amounts = _times(price, [0, counts[0] * disk, counts[1] * disk], Decimal(1))
-    count = f"0/{counts[0]}/{counts[1]}"
-    disks = _row(
-        f"root disks {pool['name']}", f"{disk} GiB gp3 each", count, price, "GB month", on_demand=amounts, spot=amounts
-    )
-    return [row, disks]
+    node = cluster["node_classes"].get(pool.get("node_class") or "default") or {}
+    return [row, *_disk_rows(pool["name"], node, (0, *counts), prices)]
 
 
 def _nodes(

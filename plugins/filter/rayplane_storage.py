@@ -35,10 +35,6 @@ _RULE_KEYS = {
 }
 _LONGEST_RULE_NAME = 255
 _LONGEST_BUCKET_NAME = 63
-#: gp3: least and most IOPS and MiB/s of a volume, and MiB/s for each IOPS (EBS user guide, "General Purpose SSD").
-_IOPS = (3000, 80000)
-_THROUGHPUT = (125, 2000)
-_THROUGHPUT_OF_IOPS = 0.25
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
@@ -303,21 +299,6 @@ def storage_class_objects(settings: Mapping[str, Any]) -> list[Json]:
     Settings of the first: ``default``, ``encrypted``, ``kms_key_arn``, ``iops`` and ``throughput`` (MiB/s; 0 leaves
     them to AWS), ``fs_type``, ``reclaim_policy``, and ``tags`` of the volumes.
     """
-    iops = _whole(settings["iops"] or 0, "storage_class_iops", 0)
-    throughput = _whole(settings["throughput"] or 0, "storage_class_throughput", 0)
-    if iops and not _IOPS[0] <= iops <= _IOPS[1]:
-        raise AnsibleFilterError(f"storage_class_iops is {iops}: gp3 has {_IOPS[0]} to {_IOPS[1]}, or 0 for its own")
-    if throughput and not _THROUGHPUT[0] <= throughput <= _THROUGHPUT[1]:
-        raise AnsibleFilterError(
-            f"storage_class_throughput is {throughput}: gp3 has {_THROUGHPUT[0]} to {_THROUGHPUT[1]} MiB/s, or 0 for"
-            " its own"
-        )
-    most = int((iops or _IOPS[0]) * _THROUGHPUT_OF_IOPS)
-    if throughput > most:
-        raise AnsibleFilterError(
-            f"storage_class_throughput is {throughput}: gp3 gives {_THROUGHPUT_OF_IOPS} MiB/s for each IOPS, so"
-            f" {iops or _IOPS[0]} allow {most}; set storage_class_iops to {int(throughput / _THROUGHPUT_OF_IOPS)}"
-        )
     parameters = {
         "type": "gp3",
         "encrypted": str(bool(settings["encrypted"])).lower(),
@@ -325,9 +306,9 @@ def storage_class_objects(settings: Mapping[str, Any]) -> list[Json]:
     }
     if settings["encrypted"] and settings["kms_key_arn"]:
         parameters["kmsKeyId"] = settings["kms_key_arn"]
-    for name, value in (("iops", iops), ("throughput", throughput)):
-        if value:
-            parameters[name] = str(value)
+    for name in ("iops", "throughput"):
+        if int(settings[name] or 0):
+            parameters[name] = str(settings[name])
     for number, (key, value) in enumerate(sorted(settings["tags"].items()), 1):
         parameters[f"tagSpecification_{number}"] = f"{key}={value}"
     objects = [

@@ -29,6 +29,7 @@ __all__ = [
     "accelerator",
     "concurrently",
     "find_cluster",
+    "gp3_problem",
     "health",
     "image_problem",
     "minor",
@@ -359,6 +360,32 @@ def image_problem(ami_type: str, instance_types: Sequence[str]) -> str:
     return ""
 
 
+#: IOPS and MiB/s of a gp3 volume: what each has, and the most that it can be given. Source: EBS user guide, "General
+#: Purpose SSD volumes".
+_GP3 = {"iops": (3000, 80000), "throughput": (125, 2000)}
+
+
+def gp3_problem(iops: int, throughput: int, size: float = 0) -> tuple[str, str, str] | None:
+    """Return which of ``iops`` and ``throughput`` (MiB/s) gp3 does not have, why, and the cure.
+
+    0 leaves the volume's own. ``size`` is in GiB, 0 where it is not known.
+    """
+    for name, found in (("iops", iops), ("throughput", throughput)):
+        low, high = _GP3[name]
+        if found and not low <= found <= high:
+            return name, f"a gp3 volume has {low} to {high}", f"write {min(max(found, low), high)}, or 0 for {low}"
+    given = iops or _GP3["iops"][0]
+    if throughput * 4 > given:
+        reason = f"gp3 has a quarter MiB/s for each of its IOPS, and {given} / 4 = {given // 4}"
+        return "throughput", reason, f"give it {throughput * 4} IOPS, or write {given // 4}"
+    # Source: the same. The smallest volumes have their 3000 IOPS, too.
+    most = max(int(size * 500), _GP3["iops"][0])
+    if size and iops > most:
+        reason = f"gp3 has 500 IOPS for each GiB at most, and {size:g} GiB x 500 = {size * 500:g}"
+        return "iops", reason, f"write {most}, or give the volume {-(-iops // 500)} GiB"
+    return None
+
+
 def node_group_problem(group: Mapping[str, Any]) -> str:
     """Return what is wrong with a node group in itself, with the cure, or an empty text.
 
@@ -381,6 +408,9 @@ def node_group_problem(group: Mapping[str, Any]) -> str:
     percentage = group.get("max_unavailable_percentage")
     if percentage is not None and not 1 <= int(percentage) <= 100:
         return f"max_unavailable_percentage {percentage} is not between 1 and 100"
+    disk = {key: int(group.get(f"disk_{key}") or 0) for key in ("iops", "throughput")}
+    if found := gp3_problem(**disk, size=int(group.get("disk_size") or 0)):
+        return f"disk_{found[0]} {disk[found[0]]}: {found[1]}: {found[2]}"
     return image_problem(image, types) or _capacity_problem(group)
 
 

@@ -38,17 +38,16 @@ def template_data(
     with AWS's own key where that is empty.
     """
 
-    def disk(device: str, size: int = 0) -> dict[str, Any]:
-        ebs = {"VolumeSize": size, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
-        if not size:
-            del ebs["VolumeSize"]
-        return {"DeviceName": device, "Ebs": {**ebs, **only_given({"KmsKeyId": kms_key_arn})}}
+    def disk(device: str, **more: int) -> dict[str, Any]:
+        ebs = {"VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True, "KmsKeyId": kms_key_arn}
+        return {"DeviceName": device, "Ebs": only_given({**ebs, **{key: value or None for key, value in more.items()}})}
 
+    sizes = {"VolumeSize": group["disk_size"], "Iops": group["disk_iops"], "Throughput": group["disk_throughput"]}
     # Bottlerocket keeps its system on the first disk, containers and their images on the second.
     bottlerocket = group["ami_type"].startswith("BOTTLEROCKET")
-    disks = [disk("/dev/xvda"), disk("/dev/xvdb", group["disk_size"])] if bottlerocket else []
+    disks = [disk("/dev/xvda"), disk("/dev/xvdb", **sizes)] if bottlerocket else [disk("/dev/xvda", **sizes)]
     data: dict[str, Any] = {
-        "BlockDeviceMappings": disks or [disk("/dev/xvda", group["disk_size"])],
+        "BlockDeviceMappings": disks,
         "MetadataOptions": {
             "HttpEndpoint": "enabled",
             "HttpTokens": "required",
@@ -83,6 +82,8 @@ def settings(data: dict[str, Any]) -> dict[str, Any]:
             {
                 "size": ebs.get("VolumeSize"),
                 "type": ebs.get("VolumeType"),
+                "iops": ebs.get("Iops"),
+                "throughput": ebs.get("Throughput"),
                 "encrypted": ebs.get("Encrypted"),
                 "kms_key": ebs.get("KmsKeyId"),
                 "ends_with_instance": ebs.get("DeleteOnTermination"),

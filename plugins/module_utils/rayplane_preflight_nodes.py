@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.rayplane_eks import gp3_problem
 from ansible.module_utils.rayplane_preflight import Problem, split_path, step
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
-__all__ = ["accelerators", "autoscaler", "encryption", "filters", "node_tools", "storage"]
+__all__ = ["accelerators", "autoscaler", "encryption", "filters", "node_tools", "storage", "volumes"]
 
 _FILTERS = Path(__file__).resolve().parents[1] / "filter"
 _MINOR = re.compile(r"v?(\d+\.\d+)(\.\d+)?([-+].*)?")
@@ -170,11 +171,6 @@ def storage(values: Values) -> Iterator[Problem]:
         yield _told(str(error), values, "storage_buckets")
     except (KeyError, TypeError, AttributeError, ValueError):
         pass  # a wrong type, which the argument spec tells
-    # gp3 as of the EBS user guide, "General Purpose SSD volumes"; 0 leaves the volume's own.
-    for name, low, high in (("storage_class_iops", 3000, 80000), ("storage_class_throughput", 125, 2000)):
-        found = values.get(name)
-        if whole(found) and found and not low <= found <= high:
-            yield Problem(name, found, f"a gp3 volume has {low} to {high}", f"write {min(max(found, low), high)}, or 0")
     if values.get("storage_class_efs_enabled") is True:
         wanted = values.get("storage_class_efs_file_system")
         named = [entry.get("name") for _, entry in entries_of(values, "storage_efs_file_systems")]
@@ -189,6 +185,25 @@ def storage(values: Values) -> Iterator[Problem]:
                 "storage_efs_file_systems has none of this name",
                 f"name one of {', '.join(map(str, named)) or 'them'}",
             )
+
+
+def volumes(values: Values) -> Iterator[Problem]:
+    """Disks of nodes and volumes of claims are such as gp3 has."""
+    if values.get("storage_class_enabled") is True:
+        yield from _gp3(values, "storage_class_", "storage_class_")
+    if values.get("platform") != "aws":
+        return
+    karpenter = ["autoscaler_node_classes"] * (values.get("platform_autoscaler") == "karpenter")
+    for name in ("eks_node_groups", "eks_extra_node_groups", *karpenter):
+        for path, entry in entries_of(values, name):
+            if not entry.get("launch_template"):
+                yield from _gp3({"disk_size": 100, **entry}, "disk_", f"{path}.disk_")
+
+
+def _gp3(options: Mapping[str, Any], prefix: str, path: str) -> Iterator[Problem]:
+    iops, throughput, size = (options.get(prefix + key, 0) for key in ("iops", "throughput", "size"))
+    if whole(iops) and whole(throughput) and whole(size) and (found := gp3_problem(iops, throughput, size)):
+        yield Problem(f"{path}{found[0]}", options[f"{prefix}{found[0]}"], found[1], found[2])
 
 
 def node_tools(values: Values) -> dict[str, str]:

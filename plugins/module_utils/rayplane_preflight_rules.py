@@ -13,7 +13,14 @@ from ansible.module_utils.rayplane_preflight_gateway import gateway
 from ansible.module_utils.rayplane_preflight_images import images
 from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes
 from ansible.module_utils.rayplane_preflight_names import derived_names, kubernetes_names
-from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
+from ansible.module_utils.rayplane_preflight_nodes import (
+    accelerators,
+    autoscaler,
+    encryption,
+    node_tools,
+    storage,
+    volumes,
+)
 from ansible.module_utils.rayplane_preflight_placement import placement
 from ansible.module_utils.rayplane_preflight_platform import buckets, network, node_groups, platform, platform_names
 from ansible.module_utils.rayplane_preflight_serving import models, operator, rayservice, secrets, worker_groups
@@ -34,6 +41,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     api_access,
     administrators,
     storage,
+    volumes,
     node_groups,
     autoscaler,
     accelerators,

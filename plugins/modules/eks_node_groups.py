@@ -77,6 +77,17 @@ options:
           Disk for images and pods in GiB, gp3 and encrypted; not used with a launch template of your own.
         type: int
         default: 100
+      disk_iops:
+        description: >-
+          IOPS of that disk, 3000 to 80000 and 500 for each GiB at most; 0 leaves gp3's own 3000.
+        type: int
+        default: 0
+      disk_throughput:
+        description: >-
+          MiB/s of that disk, 125 to 2000 and a quarter of the IOPS at most; 0 leaves gp3's own 125. A machine has a
+          limit of its own.
+        type: int
+        default: 0
       capacity_reservation_id:
         description: Capacity reservation or block to run in, by id, or a resource group of reservations by ARN.
         type: str
@@ -656,6 +667,8 @@ def argument_spec() -> dict[str, Any]:
         "max_size": {"type": "int", "required": True},
         "desired_size": {"type": "int"},
         "disk_size": {"type": "int", "default": 100},
+        "disk_iops": {"type": "int", "default": 0},
+        "disk_throughput": {"type": "int", "default": 0},
         "capacity_reservation_id": {"type": "str", "default": ""},
         "capacity_reservation_preference": {"type": "str", "choices": PREFERENCES, "default": ""},
         "placement_group": {"type": "str", "default": ""},

@@ -24,6 +24,8 @@ GROUP = {
     "max_size": 10,
     "desired_size": 2,
     "disk_size": 200,
+    "disk_iops": 0,
+    "disk_throughput": 0,
     "labels": {"rayplane.io/pool": "gpu"},
     "taints": [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}],
     "subnet_ids": [],
@@ -416,10 +418,12 @@ def test_the_template_holds_what_eks_has_no_setting_for(eks: FakeEks) -> None:
 
 def test_bottlerocket_keeps_images_on_its_second_disk() -> None:
     fake = FakeEks()
-    converge(fake, group(ami_type="BOTTLEROCKET_x86_64_NVIDIA"), kms_key_arn="arn:key")
+    fast = {"disk_iops": 6000, "disk_throughput": 1000}
+    converge(fake, group(ami_type="BOTTLEROCKET_x86_64_NVIDIA", **fast), kms_key_arn="arn:key")
     system, images = data_of(fake)["BlockDeviceMappings"]
     assert (system["DeviceName"], images["DeviceName"], images["Ebs"]["VolumeSize"]) == ("/dev/xvda", "/dev/xvdb", 200)
-    assert "VolumeSize" not in system["Ebs"]
+    assert (images["Ebs"]["Iops"], images["Ebs"]["Throughput"]) == (6000, 1000)
+    assert not {"VolumeSize", "Iops", "Throughput"} & set(system["Ebs"])
     assert [disk["Ebs"]["KmsKeyId"] for disk in (system, images)] == ["arn:key", "arn:key"]
     assert fake.groups["gpu"]["labels"]["rayplane.io/device-plugin"] == "image"
 
@@ -645,6 +649,7 @@ def test_update_limits_and_repair_are_kept(eks: FakeEks) -> None:
         ({"instance_types": ["m5.large"]}, "has no accelerator"),
         ({"instance_types": ["inf2.xlarge"]}, "Cure: set ami_type AL2023_x86_64_NEURON"),
         ({"ami_type": "AL2023_x86_64_STANDARD"}, "Cure: set ami_type AL2023_x86_64_NVIDIA"),
+        ({"disk_throughput": 1000}, "3000 / 4 = 750: give it 4000 IOPS, or write 750"),
         ({"ami_type": "BOTTLEROCKET_x86_64"}, "Cure: set ami_type BOTTLEROCKET_x86_64_NVIDIA"),
         ({"ami_type": "AL2023_x86_64_NEURON"}, "the image drives neuron"),
         ({"ami_type": "AL2_x86_64_GPU"}, "gets no releases any more"),

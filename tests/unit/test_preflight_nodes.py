@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.rayplane_preflight_nodes import accelerators, autoscaler, encryption, node_tools, storage
+from ansible.module_utils.rayplane_preflight_nodes import (
+    accelerators,
+    autoscaler,
+    encryption,
+    node_tools,
+    storage,
+    volumes,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +130,6 @@ STORAGE: dict[str, Any] = {
         ({"storage_replica_region": "eu-west-1", "encryption_enabled": True}, "storage_buckets[0]"),
         ({"storage_buckets": [{"name": "m", "lifecycle": [{"name": "x"}]}]}, "storage_buckets[0]"),
         ({"storage_buckets": "models"}, ""),
-        ({"storage_class_iops": 100}, "storage_class_iops"),
         ({"storage_class_efs_enabled": True}, "storage_class_efs_enabled"),
         (
             {"storage_class_efs_enabled": True, "storage_efs_enabled": True, "storage_class_efs_file_system": "x"},
@@ -132,6 +139,36 @@ STORAGE: dict[str, Any] = {
 )
 def test_buckets_and_volumes_are_possible(changes: dict[str, Any], variable: str) -> None:
     assert [problem.variable for problem in storage({**STORAGE, **changes})] == ([variable] if variable else [])
+
+
+@pytest.mark.parametrize(
+    ("disk", "key", "said"),
+    [
+        ({}, "", ""),
+        ({"size": 1, "iops": 3000, "throughput": 750}, "", ""),
+        ({"size": 160, "iops": 80000, "throughput": 2000}, "", ""),
+        ({"iops": 100}, "iops", "has 3000 to 80000.*write 3000, or 0 for 3000"),
+        ({"iops": 80001}, "iops", "write 80000"),
+        ({"throughput": 100}, "throughput", "has 125 to 2000.*write 125"),
+        ({"throughput": 800}, "throughput", r"3000 / 4 = 750.*give it 3200 IOPS, or write 750"),
+        ({"size": 20, "iops": 16000}, "iops", r"20 GiB x 500 = 10000.*write 10000, or give the volume 32 GiB"),
+        ({"iops": "many"}, "", ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["eks_node_groups", "eks_extra_node_groups", "autoscaler_node_classes"])
+def test_disks_are_such_as_gp3_has(name: str, disk: dict[str, Any], key: str, said: str) -> None:
+    values = {"platform": "aws", "platform_autoscaler": "karpenter"}
+    entry = {f"disk_{option}": value for option, value in disk.items()}
+    found = list(volumes({**values, name: [{"name": "a", **entry}]}))
+    assert [problem.variable for problem in found] == ([f"{name}[0].disk_{key}"] if key else [])
+    assert all(re.search(said, f"{problem.reason}: {problem.cure}") for problem in found)
+
+
+def test_the_class_of_volumes_is_such_as_gp3_has() -> None:
+    values = {"storage_class_enabled": True, "storage_class_iops": 4000, "storage_class_throughput": 2000}
+    (problem,) = volumes(values)
+    assert (problem.variable, problem.value) == ("storage_class_throughput", 2000)
+    assert list(volumes({**values, "storage_class_iops": 8000})) == []
 
 
 def test_helm_is_wanted_only_where_charts_are() -> None:

@@ -25,7 +25,8 @@ PRICES: dict[str, Any] = {
     "regions": {
         "us-west-2": {
             "services": {
-                "gp3_gb": 0.08, "nat_hour": 0.045, "nat_gb": 0.045, "endpoint_hour": 0.01, "endpoint_gb": 0.01,
+                "gp3_gb": 0.08, "gp3_iops": 0.005, "gp3_throughput": 0.04,
+                "nat_hour": 0.045, "nat_gb": 0.045, "endpoint_hour": 0.01, "endpoint_gb": 0.01,
                 "s3_gb": 0.023, "efs_gb": 0.3, "log_gb": 0.5,
             },
             "instances": {
@@ -64,7 +65,7 @@ def cluster(**changes: Any) -> dict[str, Any]:
             group("cpu", ["m5.2xlarge"], (2, 2, 3), 100),
             group("gpu", ["g4dn.xlarge"], (1, 2, 4), 200),
         ],
-        "node_pools": [], "pool_disks": {"default": 100, "gpu": 200},
+        "node_pools": [], "node_classes": {"default": {"disk_size": 100}, "gpu": {"disk_size": 200}},
         "log_types": ["api"], "zones": 3, "subnets_exist": False, "nat_mode": "single",
         "interface_endpoints": [], "flow_logs": False, "bastion_type": "", "bastion_disk": 0, "replication": False,
         "efs": False, "kms_keys": 0, "upgrade_strategy": "NewCluster", "surge_percent": 100, "overlap_minutes": 30,
@@ -134,6 +135,14 @@ def test_rows_are_priced_on_demand_and_on_spot() -> None:
         round(1497.90 - 560.64 + 229.86 - 767.96 + 276.47, 2),
         round(2586.18 - 840.96 + 344.79 - 1535.92 + 552.93, 2),
     ]
+
+
+def test_disks_cost_what_they_have_above_their_own() -> None:
+    fast = {**group("gpu", ["g4dn.xlarge"], (1, 2, 4), 200), "disk_iops": 4000, "disk_throughput": 1000}
+    report = price(node_groups=[fast])
+    # 1000 IOPS x 0.005, and 875 MiB/s x 0.04, a node and month.
+    assert row(report, "disk iops gpu")["on_demand"] == [5.0, 10.0, 20.0]
+    assert row(report, "disk throughput gpu")["on_demand"] == [35.0, 70.0, 140.0]
 
 
 def test_a_printed_table_adds_up() -> None:

@@ -267,19 +267,6 @@ def test_the_class_of_the_shared_files() -> None:
     assert efs["provisioner"] == "efs.csi.aws.com"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"iops": 100}, "gp3 has 3000 to 80000"),
-        ({"throughput": 100}, "gp3 has 125 to 2000"),
-        ({"throughput": 800}, "3000 allow 750; set storage_class_iops to 3200"),
-    ],
-)
-def test_volumes_that_ebs_refuses_are_refused(options: Json, said: str) -> None:
-    with pytest.raises(AnsibleFilterError, match=said):
-        storage_class_objects({**CLASS, **options})
-
-
 class FakeCluster:
     """StorageClasses whose parameters are fixed for life, as the API server keeps them."""
 
