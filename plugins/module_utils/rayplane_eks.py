@@ -208,7 +208,8 @@ _ISSUE_CURES = {
     "NodeCreationFailure": "the nodes did not reach the API server: check their subnets' way there (NAT gateway or"
     " endpoints), the security groups and the policies of the node role",
     "InsufficientFreeAddresses": "the subnets are full: give larger ones (network_vpc_cidr) or free addresses",
-    "PodEvictionFailure": "a pod disruption budget holds pods back: loosen it, or set eks_force_upgrade to true",
+    "PodEvictionFailure": "a pod disruption budget holds pods back: loosen it, or set eks_node_groups_force_upgrade to"
+    " true",
     "ConfigurationConflict": "set the add-on's resolve_conflicts to OVERWRITE, or remove what conflicts",
     "Ec2SecurityGroupDeletionFailure": "something still uses the security group: remove it, then run again",
 }

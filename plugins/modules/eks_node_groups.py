@@ -215,6 +215,14 @@ options:
     description: Whether a version upgrade goes on when a pod disruption budget holds pods back.
     type: bool
     default: false
+  image_patches:
+    description: >-
+      What happens where AWS has published a newer release of a group's image for its Kubernetes version. V(ignore) does
+      not ask, V(report) warns, V(update) rolls the nodes to it. Groups with O(node_groups[].release_version) or an
+      image of their own are passed by.
+    type: str
+    choices: [ignore, report, update]
+    default: ignore
   kubernetes_version:
     description: >-
       Version that the cluster has once its own task is done; lets check mode predict what follows an upgrade. Empty
@@ -266,6 +274,7 @@ node_groups:
   type: dict
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
@@ -284,6 +293,7 @@ from ansible.module_utils.rayplane_eks import (
     wait_for_update,
 )
 from ansible.module_utils.rayplane_launch_templates import LaunchTemplates, PlacementGroups, template_data
+from ansible.module_utils.rayplane_node_images import newer, newest_releases
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 EFFECTS = {"NoSchedule": "NO_SCHEDULE", "NoExecute": "NO_EXECUTE", "PreferNoSchedule": "PREFER_NO_SCHEDULE"}
@@ -295,8 +305,11 @@ STRATEGIES = ["", "cluster", "partition", "spread"]
 class NodeGroups(EksSet):
     """The node groups of one cluster: what is there, what is wanted, and the calls between the two."""
 
-    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, ec2: Api) -> None:
+    def __init__(self, params: dict[str, Any], api: Api, changes: Changes, ec2: Api, ssm: Callable[[], Api]) -> None:
         super().__init__(params, api, changes)
+        # Asked for only where it is needed: a client costs a tenth of a second.
+        self.ssm = ssm
+        self.newest: dict[str, str] = {}
         self.templates = LaunchTemplates(ec2, changes, self.cluster_name)
         self.placements = PlacementGroups(ec2, changes, self.cluster_name)
         self.touched: list[str] = []
@@ -313,6 +326,7 @@ class NodeGroups(EksSet):
         version = self.params["kubernetes_version"] or (find_cluster(self.api, self.cluster_name) or {}).get(
             "version", ""
         )
+        self._look_for_patches({**have, **dict.fromkeys(replaced)}, version)
         unwanted = self.unwanted(have, [group["name"] for group in groups])
         self._delete({**{name: have[name] for name in replaced}, **unwanted})
         for group in groups:
@@ -365,6 +379,26 @@ class NodeGroups(EksSet):
 
     def _made_name(self, group: dict[str, Any]) -> str:
         return f"{self.cluster_name}-{group['name']}"
+
+    def _look_for_patches(self, have: dict[str, Any], cluster_version: str) -> None:
+        """Find the groups whose image has a newer release, and say so or have them updated."""
+        if self.params["image_patches"] == "ignore":
+            return
+        asked = {
+            group["name"]: now
+            for group in self.params["node_groups"]
+            # Nodes that follow the control plane get the newest release with it.
+            if (now := have.get(group["name"])) and not group["release_version"] and not _behind(now, cluster_version)
+        }
+        for name, release in newest_releases(self.ssm(), asked).items() if asked else ():
+            runs = asked[name].get("releaseVersion") or ""
+            if newer(release, runs) and self.params["image_patches"] == "update":
+                self.newest[name] = release
+            elif newer(release, runs):
+                self.changes.warnings.append(
+                    f"node group {name}: image release {release} is published, its nodes run {runs}. Cure: set"
+                    f" eks_node_image_patches to update, or the group's release_version to {release}"
+                )
 
     def _prepare(self, group: dict[str, Any], now: dict[str, Any] | None) -> dict[str, str]:
         """Keep what the group is launched from, and return its launch template."""
@@ -563,12 +597,10 @@ class NodeGroups(EksSet):
     ) -> None:
         wanted: dict[str, Any] = {}
         version = now.get("version") or ""
-        # Nodes follow the control plane, never the other way round; a custom image has a version of its own.
-        behind = version and cluster_version and minor(version) < minor(cluster_version)
-        if behind and group["ami_type"] != "CUSTOM":
+        if _behind(now, cluster_version) and group["ami_type"] != "CUSTOM":
             self.changes.update(resource, {"version": version}, {"version": cluster_version})
             wanted["version"] = cluster_version
-        release = group["release_version"]
+        release = group["release_version"] or self.newest.get(group["name"])
         if release and self.changes.update(
             resource, {"release_version": now.get("releaseVersion")}, {"release_version": release}
         ):
@@ -614,6 +646,12 @@ class NodeGroups(EksSet):
                 self.changes.warnings.append(f"node group {name} is degraded: {health(group) or 'no reason given'}")
 
 
+def _behind(now: dict[str, Any], cluster_version: str) -> bool:
+    # Nodes follow the control plane, never the other way round; a custom image has a version of its own.
+    version = now.get("version") or ""
+    return bool(version and cluster_version) and minor(version) < minor(cluster_version)
+
+
 def _desired(group: dict[str, Any]) -> int:
     return int(group["min_size"] if group["desired_size"] is None else group["desired_size"])
 
@@ -646,7 +684,8 @@ def _template(group: dict[str, Any]) -> dict[str, str]:
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     """Entry point with the module's parameters; separate from ``main`` for tests."""
-    groups = NodeGroups(module.params, Api(module.client("eks"), changes), changes, Api(module.client("ec2"), changes))
+    eks, ec2 = (Api(module.client(name), changes) for name in ("eks", "ec2"))
+    groups = NodeGroups(module.params, eks, changes, ec2, lambda: Api(module.client("ssm"), changes))
     return groups.present() if module.params["state"] == "present" else groups.absent()
 
 
@@ -697,6 +736,7 @@ def argument_spec() -> dict[str, Any]:
         "gpu_label": {"type": "bool", "default": True},
         "replace": {"type": "bool", "default": False},
         "force_upgrade": {"type": "bool", "default": False},
+        "image_patches": {"type": "str", "choices": ["ignore", "report", "update"], "default": "ignore"},
         "kubernetes_version": {"type": "str", "default": ""},
         "purge": {"type": "bool", "default": True},
         "wait_timeout": {"type": "int", "default": 2400},

@@ -164,6 +164,12 @@ def bounds_scaled(account: Account) -> None:
     account.client("eks").update_nodegroup_config(clusterName=NAME, nodegroupName="gpu", scalingConfig=bounds)
 
 
+@change(("node group cpu", "release_version"))
+def an_older_image(account: Account) -> None:
+    older = {"nodegroupName": "cpu", "releaseVersion": "1.36.0-20260901"}
+    account.client("eks").update_nodegroup_version(clusterName=NAME, **older)
+
+
 @change(("add-on coredns", ""))
 def an_add_on_deleted(account: Account) -> None:
     account.client("eks").delete_addon(clusterName=NAME, addonName="coredns")
@@ -219,8 +225,9 @@ def drifted(fleet: Fleet) -> Fleet:
 
 def test_drift_is_reported_and_repaired(drifted: Fleet, playbook: Playbook, tmp_path: Path) -> None:
     assert len(CHANGES) >= 20
-    variables = {**drifted.variables, "drift_dir": str(tmp_path)}
-    found = playbook("playbooks/drift.yml", *INVENTORY, *STAGES, variables=variables)
+    variables = {**drifted.variables, "eks_node_image_patches": "update"}
+    report_to = {"drift_dir": str(tmp_path)}
+    found = playbook("playbooks/drift.yml", *INVENTORY, *STAGES, variables={**variables, **report_to})
     assert found.returncode == 2, found.text[-3000:]
     report = _report(found, tmp_path)
     # The report goes into documents, the actions name them.
@@ -234,12 +241,12 @@ def test_drift_is_reported_and_repaired(drifted: Fleet, playbook: Playbook, tmp_
     assert [found.changed(host) for host in HOSTS if host != PROD] == [0, 0]
     assert not [str(call) for call in found.calls if call.writes]
 
-    repaired = playbook(*CLOUD, variables=drifted.variables).succeeded(*HOSTS)
+    repaired = playbook(*CLOUD, variables=variables).succeeded(*HOSTS)
     assert not (wrong := _difference(list(_said(repaired.actions(PROD))))), "\n".join(wrong)
     assert [repaired.actions(host) for host in HOSTS if host != PROD] == [[], []]
     assert [repaired.changed(host) for host in HOSTS if host != PROD] == [0, 0]
 
-    clean = playbook(*CLOUD, variables=drifted.variables).succeeded(*HOSTS)
+    clean = playbook(*CLOUD, variables=variables).succeeded(*HOSTS)
     assert {host: clean.actions(host) for host in HOSTS} == {host: [] for host in HOSTS}
     assert {host: clean.changed(host) for host in HOSTS} == dict.fromkeys(HOSTS, 0)
     assert not [str(call) for call in clean.calls if call.writes]

@@ -210,12 +210,14 @@ def subnets(account: Account) -> list[str]:
 
 
 def test_answers_have_the_form_of_the_service_models(account: Account) -> None:
-    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks", "service-quotas")}
+    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks", "service-quotas", "ssm")}
     ec2_calls(account.ec2)
     eks_calls(account.client("eks"), role(account), subnets(account)[:2], template_calls(account.ec2))
     quotas = account.client("service-quotas")
     listed = quotas.list_service_quotas(ServiceCode="ec2")["Quotas"]
     assert quotas.get_service_quota(ServiceCode="ec2", QuotaCode=listed[0]["QuotaCode"])["Quota"] == listed[0]
+    release = "/aws/service/eks/optimized-ami/1.36/amazon-linux-2023/arm64/nvidia/recommended/release_version"
+    assert account.client("ssm").get_parameters(Names=[release])["Parameters"][0]["Value"] == "1.36.0-20261101"
     for service, operations in control(account, "operations").items():
         assert not set(operations) - seen[service].operations, "patched, and not called here"
     faults = [fault for one in seen.values() for fault in one.faults]

@@ -9,7 +9,16 @@ import eks_node_groups
 import pytest
 import yaml
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from ansible.module_utils.rayplane_eks import ENDED, GPU_LABEL, NEURON_TAG, image_problem, neuron_devices, node_labels
+from ansible.module_utils.rayplane_eks import (
+    AMI_TYPES,
+    ENDED,
+    GPU_LABEL,
+    NEURON_TAG,
+    image_problem,
+    neuron_devices,
+    node_labels,
+)
+from ansible.module_utils.rayplane_node_images import newer, parameter
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from aws_fake import Clock, FakeClient, refusal
@@ -122,6 +131,9 @@ class FakeEks:
         self.exists = True
         self.groups = {one["nodegroupName"]: one for one in groups}
         self.ec2 = FakeEc2()
+        # The newest release of every image.
+        self.published = "1.34.2-20261110"
+        self.ssm = FakeClient("ssm", get_parameters=self.get_parameters)
         self.client = FakeClient(
             "eks",
             describe_cluster=self.describe_cluster,
@@ -139,6 +151,9 @@ class FakeEks:
         if not self.exists:
             raise refusal("ResourceNotFoundException")
         return {"cluster": {"name": name, "version": self.version, "status": "ACTIVE"}}
+
+    def get_parameters(self, Names: list[str]) -> Any:
+        return {"Parameters": [{"Name": name, "Value": self.published} for name in Names]}
 
     def describe_nodegroup(self, nodegroupName: str, **_: Any) -> Any:
         if nodegroupName not in self.groups:
@@ -181,10 +196,12 @@ def converge(eks: FakeEks, *groups: dict[str, Any], check: bool = False, **param
         "force_upgrade": False,
         "purge": True,
         "kubernetes_version": "",
+        "image_patches": "ignore",
         "wait_timeout": 60,
         **params,
     }
-    reconciler = eks_node_groups.NodeGroups(given, Api(eks.client, changes), changes, Api(eks.ec2.client, changes))
+    api, ec2, ssm = (Api(client, changes) for client in (eks.client, eks.ec2.client, eks.ssm))
+    reconciler = eks_node_groups.NodeGroups(given, api, changes, ec2, lambda: ssm)
     reconciler.absent() if params.get("state") == "absent" else reconciler.present()
     return changes
 
@@ -311,6 +328,64 @@ def test_nodes_follow_the_control_plane(eks: FakeEks) -> None:
     assert converge(eks, GROUP).actions == ["update node group gpu: version: 1.34 -> 1.35"]
     ((operation, given),) = eks.client.writes()
     assert (operation, given["version"]) == ("update_nodegroup_version", "1.35")
+
+
+PATCH = "update node group gpu: release_version: 1.34.2-20260901 -> 1.34.2-20261110"
+
+
+@pytest.mark.parametrize(
+    ("patches", "runs", "pinned", "outcome"),
+    [
+        ("ignore", "1.34.2-20260901", "", ""),
+        ("report", "1.34.2-20260901", "", "warned"),
+        ("report", "1.34.2-20261110", "", ""),
+        ("update", "1.34.2-20260901", "", "updated"),
+        # AWS withdrew a release: nodes do not go back.
+        ("update", "1.34.3-20261115", "", ""),
+        ("update", "1.34.2-20260901", "1.34.2-20260901", ""),
+    ],
+)
+def test_image_patches_are_a_choice(eks: FakeEks, patches: str, runs: str, pinned: str, outcome: str) -> None:
+    eks.groups["gpu"]["releaseVersion"] = runs
+    for check in (True, False):
+        changes = converge(eks, group(release_version=pinned), image_patches=patches, check=check)
+        assert changes.actions == [PATCH] * (outcome == "updated")
+        assert len(changes.warnings) == (outcome == "warned")
+    written = [(name, given["releaseVersion"]) for name, given in eks.client.writes()]
+    assert written == [("update_nodegroup_version", "1.34.2-20261110")] * (outcome == "updated")
+    assert len(eks.ssm.calls) == (0 if patches == "ignore" or pinned else 2)
+
+
+def test_nodes_that_follow_the_control_plane_get_the_newest_image_with_it(eks: FakeEks) -> None:
+    eks.groups["gpu"]["releaseVersion"] = "1.34.2-20260901"
+    eks.version = "1.35"
+    assert converge(eks, GROUP, image_patches="update").actions == ["update node group gpu: version: 1.34 -> 1.35"]
+    assert eks.ssm.calls == []
+
+
+@pytest.mark.parametrize(
+    ("image", "place"),
+    [
+        (
+            "AL2023_x86_64_STANDARD",
+            "eks/optimized-ami/1.36/amazon-linux-2023/x86_64/standard/recommended/release_version",
+        ),
+        ("AL2023_ARM_64_NVIDIA", "eks/optimized-ami/1.36/amazon-linux-2023/arm64/nvidia/recommended/release_version"),
+        ("BOTTLEROCKET_x86_64", "bottlerocket/aws-k8s-1.36/x86_64/latest/image_version"),
+        ("BOTTLEROCKET_ARM_64_NVIDIA_FIPS", "bottlerocket/aws-k8s-1.36-nvidia-fips/arm64/latest/image_version"),
+    ],
+)
+def test_where_the_newest_release_is_published(image: str, place: str) -> None:
+    assert parameter(image, "1.36") == f"/aws/service/{place}"
+
+
+def test_every_image_of_ours_has_a_published_release() -> None:
+    assert [image for image in AMI_TYPES if not parameter(image, "1.36")] == ["CUSTOM"]
+
+
+def test_releases_are_ordered_by_version_and_date() -> None:
+    assert newer("1.36.10-20261110", "1.36.9-20261110") and newer("1.36.2-20261110", "1.36.2-20261012")
+    assert newer("1.51.0-0aa", "1.9.0-fff") and not newer("1.50.0-fff", "1.50.0-0aa")
 
 
 def test_check_mode_predicts_that_nodes_follow(eks: FakeEks) -> None:

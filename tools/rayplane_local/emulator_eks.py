@@ -6,7 +6,7 @@ at; a version moves one minor at a time. Tags set later show in descriptions. A 
 and may be protected against deletion. Node groups keep launch template, update limits and repair; with a template EKS
 takes no disk size, and a group stays with the template it was made with; one that needs more than the account's quota
 fails. Nodes get the access entry that EKS makes for them. The pod identity associations of add-ons exist, and are named
-by ARN. Lists come in pages.
+by ARN. Lists come in pages. Systems Manager knows the newest release of every node image.
 """
 
 import json
@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from emulator_rules import judge, seen_from_outside, zone_refusal  # type: ignore[import-not-found,unused-ignore]
-from ministack.services import ec2, eks  # type: ignore[import-not-found,unused-ignore]
+from ministack.services import ec2, eks, ssm  # type: ignore[import-not-found,unused-ignore]
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -176,6 +176,21 @@ def _number(version: str) -> int:
     return int(version.split(".")[1])
 
 
+def newest_release(version: str) -> str:
+    """Return the newest release of all node images for a Kubernetes version."""
+    return f"{version}.0-20261101"
+
+
+def public_parameter(inner: Callable[[str], dict[str, Any] | None], name: str) -> dict[str, Any] | None:
+    """GetParameters: the releases of node images are public, as AWS's other images are."""
+    match = re.fullmatch(r"/aws/service/(eks/optimized-ami/|bottlerocket/aws-k8s-)(\d+\.\d+)\D.*_version", name)
+    if match is None:
+        return inner(name)
+    like: dict[str, Any] = inner("/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64") or {}
+    arn = like["ARN"].replace(like["Name"], name)
+    return {**like, "Name": name, "Value": newest_release(match[2]), "ARN": arn}
+
+
 def find_template(given: dict[str, str]) -> dict[str, str] | None:
     """Return the launch template and the number of its version that a specification names, or None."""
     for template in ec2._launch_templates.values():
@@ -283,7 +298,7 @@ def create_nodegroup(request: Request, cluster: str) -> Answer:
     record = eks._nodegroups[f"{cluster}/{body['nodegroupName']}"]
     record["updateConfig"] = body.get("updateConfig", {"maxUnavailable": 1})
     record["nodeRepairConfig"] = body.get("nodeRepairConfig", {"enabled": False})
-    record["releaseVersion"] = record["releaseVersion"] or f"{record['version']}.0-20261101"
+    record["releaseVersion"] = record["releaseVersion"] or newest_release(record["version"])
     if template:
         record["launchTemplate"] = template
         record.pop("diskSize", None)
@@ -458,11 +473,12 @@ OPERATIONS: dict[str, tuple[str, str, Callable[..., Answer]]] = {
 
 def operations() -> dict[str, list[str]]:
     """Return what is patched here, by service."""
-    return {"eks": list(OPERATIONS)}
+    return {"eks": list(OPERATIONS), "ssm": ["GetParameters"]}
 
 
 def install() -> None:
     """Put these operations in front of MiniStack's own."""
+    ssm._public_parameter = partial(public_parameter, ssm._public_parameter)
     inner = eks._handle_request_sync
     routes = [(method, re.compile(path), operation) for method, path, operation in OPERATIONS.values()]
 
