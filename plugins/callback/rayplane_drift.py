@@ -25,8 +25,8 @@ name: rayplane_drift
 type: aggregate
 short_description: Report of drift, as a table, as JSON and as Markdown
 description:
-  - Collects what the tasks of C(playbooks/drift.yml), all in check mode, would change. It does nothing in other
-    playbooks.
+  - Collects what the tasks of C(playbooks/drift.yml), all in check mode, would change, and what they say that others
+    added (C(foreign)). It does nothing in other playbooks.
   - The folder of the report is the custom statistic C(drift_dir) of the run.
   - Ends the run with exit code 0 (nothing differs), 2 (something differs) or 1 (something could not be compared).
 author: rayplane contributors
@@ -68,6 +68,8 @@ class Row:
         """``is -> declared`` in at most about twice ``length`` characters."""
         if self.action == "create":
             return "absent -> to be created"
+        if self.action == "foreign":
+            return f"{shown(self.is_, length)} -> not declared, left alone"
         if self.action == "delete":
             return "present, not declared -> to be deleted"
         if self.is_ is None and self.declared is None:
@@ -222,6 +224,16 @@ class Report:
         for resource, path, action, *values in entries(result, task):
             hidden = [HIDDEN, f"{HIDDEN}, another"] if path and is_secret(path) else map(without_secrets, values)
             self.rows.append(Row(cluster, stage, resource, path, action, *hidden))
+
+    def foreign(self, cluster: str, stage: str, result: Mapping[str, Any]) -> None:
+        """A module found what others added; it would change nothing of it."""
+        if self.compared.get(cluster, {}).get(stage, True):
+            for one in result.get("foreign") or []:
+                self.rows.append(
+                    Row(
+                        cluster, stage, one["resource"], one["property"], "foreign", without_secrets(one["value"]), None
+                    )
+                )
 
     def said(self, cluster: str, stage: str, message: Any) -> None:
         """A task printed something: after a hidden change it is what the role itself tells about it."""
@@ -405,6 +417,9 @@ class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
         # Neither compares anything.
         if stage not in ("preflight", "account"):
             self._report.seen(cluster, stage)
+        # A stage that looks another up (the network's ids) does not compare it.
+        if _stage(result.task, innermost=True) == stage:
+            self._report.foreign(cluster, stage, answer)
         if result.is_changed():
             self._report.changed(cluster, stage, result.task_name, answer)
         elif result.task.action in constants._ACTION_DEBUG:
@@ -463,10 +478,10 @@ def _ancestors(task: Any) -> Iterator[Any]:
         parent = getattr(parent, "_parent", None)
 
 
-def _stage(task: Any) -> str:
-    """The role that the playbook names; roles that it includes work for it."""
+def _stage(task: Any, *, innermost: bool = False) -> str:
+    """The role that the playbook names; roles that it includes work for it. ``innermost``: the role of the task."""
     roles = [role for one in _ancestors(task) if (role := getattr(one, "_role", None)) is not None]
-    return str(roles[-1].get_name()) if roles else ""
+    return str(roles[0 if innermost else -1].get_name()) if roles else ""
 
 
 def _is_rescued(task: Any) -> bool:

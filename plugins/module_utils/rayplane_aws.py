@@ -249,6 +249,7 @@ class Changes:
         self.actions: list[str] = []
         self.warnings: list[str] = []
         self._diff: list[dict[str, Any]] = []
+        self._foreign: list[dict[str, Any]] = []
 
     def create(self, resource: str, after: Mapping[str, Any]) -> None:
         """Record a resource that was not there."""
@@ -278,9 +279,17 @@ class Changes:
             )
         return bool(differing)
 
+    def foreign(self, resource: str, key: str, value: Any) -> None:
+        """Record what somebody else added to a resource of ours, or with an empty ``key`` beside them: it stays."""
+        self._foreign.append({"resource": resource, "property": key, "value": value})
+
     def result(self) -> dict[str, Any]:
-        """Return what every module returns: ``changed``, ``actions`` in order, and ``diff`` by property."""
-        return {"changed": bool(self.actions), "actions": self.actions, "diff": self._diff}
+        """Return what every module returns: ``changed``, ``actions`` in order, and ``diff`` by property.
+
+        Where others added something, also ``foreign``.
+        """
+        found = {"changed": bool(self.actions), "actions": self.actions, "diff": self._diff}
+        return found | ({"foreign": self._foreign} if self._foreign else {})
 
     def _note(self, action: str, resource: str, before: dict[str, Any], after: dict[str, Any]) -> None:
         self.actions.append(action)

@@ -54,6 +54,7 @@ class Peerings:
                 f" {', '.join(routes)} are theirs to make"
             )
         self.tables.peer_routes(routes, ours)
+        self.tables.note_foreign(routes, ours)
         wanted = {peer["vpc_id"] for peer in self.peers}
         for peering in context.view.peerings:
             if context.ours(peering) and peering["AccepterVpcInfo"]["VpcId"] not in wanted:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ansible.module_utils.rayplane_aws import PlatformError, tag_dict, wait_until
@@ -14,6 +14,11 @@ from ansible.module_utils.rayplane_network_vpc import Subnets
 __all__ = ["NatGateways", "RouteTables"]
 
 _NAT_LIVES = ("pending", "available")
+_DESTINATIONS = ("DestinationCidrBlock", "DestinationIpv6CidrBlock", "DestinationPrefixListId")
+_TARGETS = (
+    *("NatGatewayId", "GatewayId", "VpcPeeringConnectionId", "TransitGatewayId", "NetworkInterfaceId"),
+    *("EgressOnlyInternetGatewayId", "CarrierGatewayId", "LocalGatewayId", "CoreNetworkArn"),
+)
 
 
 class NatGateways:
@@ -236,6 +241,8 @@ class RouteTables:
         self.subnets = subnets
         self.public: list[str] = []
         self.private: list[str] = []
+        # Tables that were there: resource -> what AWS says of it.
+        self.found: dict[str, Item] = {}
 
     def present(self, gateway: str, nats: dict[str, str]) -> None:
         """Keep our tables, their default routes and their subnets; of subnets that are not ours, nothing."""
@@ -271,6 +278,24 @@ class RouteTables:
                 cidr = route.get("DestinationCidrBlock")
                 if route.get("VpcPeeringConnectionId") in peerings and cidr and cidr not in wanted:
                     self._route(resource, table, cidr, "VpcPeeringConnectionId", "")
+
+    def note_foreign(self, cidrs: Collection[str], peerings: Collection[str]) -> None:
+        """Record the routes that others added to our tables; they stay.
+
+        ``cidrs`` are reached through our ``peerings``. Routes inside the VPC, to gateway endpoints and those that a
+        virtual private gateway propagates are AWS's own.
+        """
+        for resource, table in self.found.items():
+            for route in table["Routes"]:
+                to, gateway = next(route[key] for key in _DESTINATIONS if route.get(key)), str(route.get("GatewayId"))
+                made_by_aws = (
+                    gateway == "local"
+                    or route.get("Origin") == "EnableVgwRoutePropagation"
+                    or ("DestinationPrefixListId" in route and gateway.startswith("vpce-"))
+                )
+                ours = to == ANYWHERE or to in cidrs or route.get("VpcPeeringConnectionId") in peerings
+                if not made_by_aws and not ours and to not in self.context.params["foreign_routes"]:
+                    self.context.changes.foreign(resource, f"route {to}", self._target(route, "GatewayId"))
 
     def has_way_out(self, subnet_id: str) -> bool:
         """Whether a subnet that exists has a default route, by its own table or by the VPC's main one."""
@@ -312,6 +337,7 @@ class RouteTables:
             for subnet_id in subnets:
                 self._associate(resource, table_id, subnet_id)
             return table_id
+        self.found[resource] = table
         table_id = str(table["RouteTableId"])
         context.retag(resource, table_id, table.get("Tags"), tags)
         self._route(resource, table, ANYWHERE, kind, target)
@@ -357,8 +383,7 @@ class RouteTables:
             context.discard(context.api, "delete_route", resource, RouteTableId=table_id, DestinationCidrBlock=cidr)
 
     def _target(self, route: Item, kind: str) -> str:
-        kinds = (kind, "NatGatewayId", "GatewayId", "VpcPeeringConnectionId", "TransitGatewayId", "NetworkInterfaceId")
-        target = next((str(route[one]) for one in kinds if route.get(one)), "another target")
+        target = next((str(route[one]) for one in (kind, *_TARGETS) if route.get(one)), "another target")
         # A route to a peering that nobody accepted yet is a black hole by design, and becomes active by itself.
         if route.get("State") == "blackhole" and not route.get("VpcPeeringConnectionId"):
             return f"{target} (gone)"

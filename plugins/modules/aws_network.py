@@ -108,6 +108,13 @@ options:
     type: list
     elements: str
     default: []
+  foreign_routes:
+    description: >-
+      Destinations of routes that others add to our route tables, CIDR blocks or prefix lists; they are not returned in
+      RV(foreign).
+    type: list
+    elements: str
+    default: []
   security_group_rules:
     description: Ingress rules of the network's own security group, beside HTTPS from the VPC. The group has no others.
     type: list
@@ -279,6 +286,11 @@ actions:
   returned: always
   type: list
   elements: str
+foreign:
+  description: Routes that others added to our route tables; they stay.
+  returned: there are any
+  type: list
+  elements: dict
 vpc_id:
   description: Id of the VPC; a description in angle brackets where check mode predicts a new one.
   returned: state is present
@@ -499,6 +511,7 @@ def main() -> None:
             "nat_mode": {"type": "str", "choices": ["none", "single", "per_zone"], "default": "single"},
             "s3_endpoint": {"type": "bool", "default": True},
             "interface_endpoints": text_list,
+            "foreign_routes": text_list,
             "security_group_rules": {
                 "type": "list",
                 "elements": "dict",

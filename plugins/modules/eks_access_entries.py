@@ -60,6 +60,11 @@ options:
     description: Tags of every entry.
     type: dict
     default: {}
+  creator_is_admin:
+    description: >-
+      Whether EKS made an entry for who created the cluster. It is the first of all, and not among RV(foreign).
+    type: bool
+    default: true
   purge:
     description: Whether entries that this module made and that are no longer listed are removed.
     type: bool
@@ -88,6 +93,11 @@ actions:
   returned: always
   type: list
   elements: str
+foreign:
+  description: Entries that others made, and their policies; they stay.
+  returned: there are any
+  type: list
+  elements: dict
 """
 
 from typing import Any
@@ -119,7 +129,37 @@ class AccessEntries(EksSet):
         for arn, now in self.unwanted(have, arns).items():
             if now["type"] == "STANDARD":
                 self._delete(arn, now)
+        self._note_foreign(have, arns)
         return {}
+
+    def _note_foreign(self, have: dict[str, dict[str, Any]], listed: list[str]) -> None:
+        """Record entries that others made, with their policies; they stay.
+
+        EKS itself makes those of nodes (of other types), of service-linked roles, and the creator's, which is the first
+        of all: nobody else can make one before the cluster is active.
+        """
+        standard = {arn: now for arn, now in have.items() if now["type"] == "STANDARD"}
+        dated = [arn for arn, now in standard.items() if "createdAt" in now]
+        creators = min(dated, key=lambda arn: standard[arn]["createdAt"], default="")
+        for arn, now in standard.items():
+            creator = arn == creators and self.params["creator_is_admin"]
+            if arn in listed or creator or self.owned(now) or ":role/aws-service-role/" in arn:
+                continue
+            resource = f"access entry {arn}"
+            groups = {"kubernetesGroups": now["kubernetesGroups"]} if now.get("kubernetesGroups") else {}
+            self.changes.foreign(resource, "", {"type": now["type"], **groups})
+            for policy, scope in self._policies(arn).items():
+                self.changes.foreign(resource, f"policy {policy}", scope)
+
+    def _policies(self, arn: str) -> dict[str, dict[str, Any]]:
+        answer = self.api.pages(
+            "list_associated_access_policies",
+            "associatedAccessPolicies",
+            f"access entry {arn}",
+            clusterName=self.cluster_name,
+            principalArn=arn,
+        )
+        return {policy["policyArn"]: _scope(policy["accessScope"].get("namespaces", [])) for policy in answer}
 
     def _observe(self) -> dict[str, dict[str, Any]]:
         arns = self.list_all("list_access_entries", "accessEntries")
@@ -164,16 +204,7 @@ class AccessEntries(EksSet):
     def _reconcile_policies(self, entry: dict[str, Any], exists: bool) -> None:
         arn = entry["principal_arn"]
         resource = f"access entry {arn}"
-        have: dict[str, dict[str, Any]] = {}
-        if exists:
-            answer = self.api.pages(
-                "list_associated_access_policies",
-                "associatedAccessPolicies",
-                resource,
-                clusterName=self.cluster_name,
-                principalArn=arn,
-            )
-            have = {policy["policyArn"]: _scope(policy["accessScope"].get("namespaces", [])) for policy in answer}
+        have = self._policies(arn) if exists else {}
         wanted = {_policy_arn(policy["policy"], arn): _scope(policy["namespaces"]) for policy in entry["policies"]}
         for policy, scope in wanted.items():
             if self.changes.update(resource, {f"policy {policy}": have.get(policy)}, {f"policy {policy}": scope}):
@@ -234,6 +265,7 @@ def main() -> None:
         argument_spec={
             "cluster_name": {"type": "str", "required": True},
             "entries": {"type": "list", "elements": "dict", "default": [], "options": entry},
+            "creator_is_admin": {"type": "bool", "default": True},
             "tags": {"type": "dict", "default": {}},
             "purge": {"type": "bool", "default": True},
         },

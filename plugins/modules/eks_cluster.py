@@ -147,6 +147,11 @@ actions:
   returned: always
   type: list
   elements: str
+foreign:
+  description: Networks that others admitted to the security group that EKS made; their rules stay.
+  returned: there are any
+  type: list
+  elements: dict
 cluster:
   description: Facts of the cluster; empty when it does not exist, as in check mode before the first run.
   returned: always
@@ -162,7 +167,7 @@ cluster:
     version: {description: Kubernetes version., type: str}
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -187,6 +192,7 @@ from ansible.module_utils.rayplane_eks import (
     wait_for_update,
 )
 from ansible.module_utils.rayplane_log_group import LogGroup
+from ansible.module_utils.rayplane_network_endpoints import rule_text
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 # Nodes may be at most this many minor versions behind the control plane (Kubernetes version skew policy).
@@ -482,6 +488,7 @@ class Cluster:
         lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), tags)
         if lacking:
             ec2.write("create_tags", resource, Resources=[group], Tags=tag_list(lacking))
+        self._note_foreign(resource, found.get("IpPermissions", ()))
         rules = {
             one["CidrIp"]: one.get("Description", "")
             for permission in found.get("IpPermissions", ())
@@ -500,6 +507,17 @@ class Cluster:
                 ranges = [{"CidrIp": cidr, "Description": CLIENT_RULE} for cidr in sorted(some)]
                 permission = {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": ranges}
                 ec2.write(operation, resource, GroupId=group, IpPermissions=[permission])
+
+    def _note_foreign(self, resource: str, permissions: Sequence[dict[str, Any]]) -> None:
+        """Record networks that others admitted; they stay. Load balancers' rules tell by their description."""
+        made = (CLIENT_RULE, "kubernetes.io/", "elbv2.k8s.aws/")
+        for one in permissions:
+            for source in (*one.get("IpRanges", ()), *one.get("Ipv6Ranges", ()), *one.get("PrefixListIds", ())):
+                network = source.get("CidrIp") or source.get("CidrIpv6") or source["PrefixListId"]
+                rule = (one["IpProtocol"], one.get("FromPort"), one.get("ToPort"), network)
+                wanted = rule[:3] == ("tcp", 443, 443) and network in self.params["private_access_cidrs"]
+                if not wanted and not source.get("Description", "").startswith(made):
+                    self.changes.foreign(resource, f"ingress {rule_text(rule)}", "allowed")
 
     def _note_clients(self, resource: str, have: set[str], want: set[str]) -> None:
         before, after = ({"clients": sorted(cidrs) or None} for cidrs in (have, want))

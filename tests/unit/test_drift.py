@@ -101,6 +101,16 @@ def test_a_change_without_any_detail_bears_the_task() -> None:
     assert next(entries({"changed": True, "actions": ["start etcd"]}, "Do it"))[0] == "start etcd"
 
 
+def test_what_others_added_is_drift_that_nobody_would_change() -> None:
+    report = Report()
+    report.seen("one", "network")
+    added = {"resource": "route table private", "property": "route 10.9.0.0/16", "value": "tgw-1"}
+    report.foreign("one", "network", {"changed": False, "foreign": [added]})
+    (row,) = report.rows
+    assert (row.action, row.change(60)) == ("foreign", "tgw-1 -> not declared, left alone")
+    assert report.exit_code == 2
+
+
 def test_only_changed_items_of_a_loop_count() -> None:
     result = {"results": [{"changed": False, "diff": AWS["diff"]}, {"changed": True, "actions": ["create a"]}]}
     assert [entry[0] for entry in entries(result, "task")] == ["a"]

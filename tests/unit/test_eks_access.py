@@ -46,9 +46,9 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"principal_arn": ADMIN, "type": "STANDARD", "username": "", "groups": [], "policies": policies, **changes}
 
 
-def grant(fake: FakeEntries, *entries: dict[str, Any], check: bool = False) -> Changes:
+def grant(fake: FakeEntries, *entries: dict[str, Any], check: bool = False, creator: bool = True) -> Changes:
     changes = Changes(check)
-    given = {"cluster_name": "c1", "entries": list(entries), "tags": {}, "purge": True}
+    given = {"cluster_name": "c1", "entries": list(entries), "tags": {}, "purge": True, "creator_is_admin": creator}
     eks_access_entries.AccessEntries(given, Api(fake.client, changes), changes).reconcile()
     return changes
 
@@ -83,6 +83,32 @@ def test_only_own_entries_are_purged() -> None:
     fake.entries["arn:creator"] = {"type": "STANDARD", "tags": {}}
     assert grant(fake).actions == [f"delete access entry {ADMIN}"]
     assert list(fake.entries) == ["arn:creator"]
+
+
+@pytest.mark.parametrize("creator", [True, False])
+def test_entries_of_others_are_told_with_their_policies_and_stay(creator: bool) -> None:
+    fake = FakeEntries()
+    grant(fake, entry())
+    fake.entries[ADMIN]["createdAt"] = 2
+    linked = "arn:aws:iam::1:role/aws-service-role/eks.amazonaws.com/AWSServiceRoleForAmazonEKS"
+    fake.entries |= {
+        "arn:creator": {"type": "STANDARD", "createdAt": 1},
+        "arn:intruder": {"type": "STANDARD", "createdAt": 3, "kubernetesGroups": ["admins"]},
+        "arn:node": {"type": "EC2_LINUX", "createdAt": 1},
+        linked: {"type": "STANDARD", "createdAt": 1.5},
+    }
+    for check in (True, False):
+        changes = grant(fake, entry(), check=check, creator=creator)
+        told = [(one["resource"], one["property"]) for one in changes.result().get("foreign", [])]
+        wanted = [("access entry arn:intruder", ""), ("access entry arn:intruder", f"policy {VIEW}")]
+        assert told[-2:] == wanted
+        assert [resource for resource, _ in told[:-2]] == ([] if creator else ["access entry arn:creator"] * 2)
+        assert changes.actions == []
+    assert "arn:intruder" in fake.entries
+    # Who lists it takes it over.
+    adopted = entry(principal_arn="arn:intruder", groups=["admins"])
+    fake.entries["arn:intruder"]["accessEntryArn"] = "arn:entry"
+    assert grant(fake, entry(), adopted).result().get("foreign", []) == []
 
 
 def test_the_kind_of_an_entry_cannot_change() -> None:

@@ -72,9 +72,12 @@ class FakeEks:
         self.groups: list[str] = []
         self.nodes_version = "1.34"
         self.group_tags: list[dict[str, str]] = []
+        self.rules: list[dict[str, Any]] = []
         self.ec2 = FakeClient(
             "ec2",
-            describe_security_groups=lambda **_: {"SecurityGroups": [{"GroupId": "sg-1", "Tags": self.group_tags}]},
+            describe_security_groups=lambda **_: {
+                "SecurityGroups": [{"GroupId": "sg-1", "Tags": self.group_tags, "IpPermissions": self.rules}]
+            },
             create_tags=lambda Tags, **_: self.group_tags.extend(Tags),
         )
         self.log_group: dict[str, Any] | None = {
@@ -357,6 +360,29 @@ def test_deletion_in_check_mode_deletes_nothing() -> None:
     _, changes = converge(eks, check=True, state="absent")
     assert len(changes.actions) == 2
     assert eks.client.writes() == []
+
+
+def test_networks_that_others_admitted_are_told_and_stay() -> None:
+    eks = FakeEks()
+    eks.rules = [
+        {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": "sg-1"}]},
+        {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": [{"CidrIp": "10.0.0.0/16"}]},
+        {
+            "IpProtocol": "tcp",
+            "FromPort": 8000,
+            "ToPort": 8000,
+            "IpRanges": [
+                {"CidrIp": "10.0.0.0/24", "Description": "elbv2.k8s.aws/targetGroupBinding=shared"},
+                {"CidrIp": "10.0.0.0/24", "Description": "kubernetes.io/rule/nlb/health=a"},
+                {"CidrIp": "0.0.0.0/0"},
+            ],
+            "Ipv6Ranges": [{"CidrIpv6": "::/0"}],
+        },
+    ]
+    _, changes = converge(eks, private_access_cidrs=["10.0.0.0/16"])
+    told = [one["property"] for one in changes.result().get("foreign", [])]
+    assert told == ["ingress tcp 8000-8000 from 0.0.0.0/0", "ingress tcp 8000-8000 from ::/0"]
+    assert eks.ec2.writes() == []
 
 
 def test_nothing_to_do_takes_one_call_of_each_service() -> None:

@@ -22,6 +22,7 @@ PARAMS = {
     "nat_mode": "per_zone",
     "s3_endpoint": True,
     "interface_endpoints": ["sts"],
+    "foreign_routes": [],
     "security_group_rules": [],
     "tags": {"Project": "rayplane"},
     "private_subnet_tags": {},
@@ -234,6 +235,41 @@ def test_an_address_of_a_gateway_that_is_being_deleted_is_waited_for_and_kept(mo
     assert not any(action.startswith("create address") for action in changes.actions)
     assert clock.now >= 30
     assert reconciler.nats.public_ips() == ["198.51.100.7"]
+
+
+LOCAL = {"DestinationCidrBlock": "10.0.0.0/16", "GatewayId": "local", "Origin": "CreateRouteTable"}
+
+
+@pytest.mark.parametrize(
+    ("route", "told"),
+    [
+        (LOCAL, ""),
+        ({"DestinationPrefixListId": "pl-s3", "GatewayId": "vpce-1"}, ""),
+        ({"DestinationCidrBlock": "10.8.0.0/16", "GatewayId": "vgw-1", "Origin": "EnableVgwRoutePropagation"}, ""),
+        ({"DestinationCidrBlock": "10.9.0.0/16", "VpcPeeringConnectionId": "pcx-1"}, ""),
+        ({"DestinationCidrBlock": "172.31.0.0/16", "TransitGatewayId": "tgw-2"}, ""),
+        ({"DestinationCidrBlock": "192.168.0.0/16", "TransitGatewayId": "tgw-1"}, "route 192.168.0.0/16 tgw-1"),
+        ({"DestinationCidrBlock": "10.8.0.0/16", "GatewayId": "vpce-1"}, "route 10.8.0.0/16 vpce-1"),
+        ({"DestinationIpv6CidrBlock": "::/0", "EgressOnlyInternetGatewayId": "eigw-1"}, "route ::/0 eigw-1"),
+        ({"DestinationCidrBlock": "10.8.0.0/16", "VpcPeeringConnectionId": "pcx-9"}, "route 10.8.0.0/16 pcx-9"),
+    ],
+)
+def test_routes_of_others_are_told_and_stay(route: dict[str, Any], told: str) -> None:
+    tags = {"rayplane.io/cluster": "c1", "rayplane.io/role": "private-us-west-2a"}
+    table = {
+        "RouteTableId": "rtb-1",
+        "Routes": [LOCAL, route],
+        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+    }
+    reconciler, changes = network(account(), foreign_routes=["172.31.0.0/16"])
+    reconciler.context.view.tables = [table]
+    reconciler.subnets.plan_them()
+    reconciler.subnets.ids = {("private", zone): f"subnet-{zone}" for zone in PARAMS["availability_zones"]}
+    reconciler.tables.present("", {})
+    reconciler.tables.note_foreign(["10.9.0.0/16"], ["pcx-1"])
+    found = [f"{one['property']} {one['value']}" for one in changes.result().get("foreign", [])]
+    assert found == ([told] if told else [])
+    assert not any("route 1" in action or "route :" in action for action in changes.actions)
 
 
 def test_everything_there_is_to_switch_on_is_predicted() -> None:
