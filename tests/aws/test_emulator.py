@@ -210,12 +210,14 @@ def subnets(account: Account) -> list[str]:
 
 
 def test_answers_have_the_form_of_the_service_models(account: Account) -> None:
-    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks", "service-quotas", "ssm")}
+    seen = {service: Recorder(account.client(service)) for service in ("ec2", "eks", "service-quotas", "ssm", "logs")}
     ec2_calls(account.ec2)
     eks_calls(account.client("eks"), role(account), subnets(account)[:2], template_calls(account.ec2))
     quotas = account.client("service-quotas")
     listed = quotas.list_service_quotas(ServiceCode="ec2")["Quotas"]
     assert quotas.get_service_quota(ServiceCode="ec2", QuotaCode=listed[0]["QuotaCode"])["Quota"] == listed[0]
+    account.client("logs").create_log_group(logGroupName="one")
+    account.client("logs").delete_log_group(logGroupName="one")
     release = "/aws/service/eks/optimized-ami/1.36/amazon-linux-2023/arm64/nvidia/recommended/release_version"
     assert account.client("ssm").get_parameters(Names=[release])["Parameters"][0]["Value"] == "1.36.0-20261101"
     for service, operations in control(account, "operations").items():
@@ -338,6 +340,18 @@ def test_a_node_group_fails_where_the_quota_does_not_suffice(account: Account) -
     assert made("spot", 1, capacityType="SPOT")["status"] == "ACTIVE"
     eks.update_nodegroup_config(clusterName="one", nodegroupName="fits", scalingConfig={"desiredSize": 3})
     assert eks.describe_nodegroup(clusterName="one", nodegroupName="fits")["nodegroup"]["status"] == "DEGRADED"
+
+
+def test_the_log_group_of_a_deleted_cluster_is_written_once_more(account: Account) -> None:
+    logging = {"clusterLogging": [{"types": ["api"], "enabled": True}]}
+    cluster(account)
+    account.client("eks").update_cluster_config(name="one", logging=logging)
+    logs, name = account.client("logs"), "/aws/eks/one/cluster"
+    logs.create_log_group(logGroupName=name)
+    account.client("eks").delete_cluster(name="one")
+    for left in (1, 0):
+        logs.delete_log_group(logGroupName=name)
+        assert len(logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]) == left
 
 
 def test_a_deployment_above_the_quota_says_so(account: Account, playbook: Playbook) -> None:

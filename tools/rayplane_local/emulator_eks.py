@@ -7,6 +7,7 @@ and may be protected against deletion. Node groups keep launch template, update 
 takes no disk size, and a group stays with the template it was made with; one that needs more than the account's quota
 fails. Nodes get the access entry that EKS makes for them. The pod identity associations of add-ons exist, and are named
 by ARN. Lists come in pages. Systems Manager knows the newest release of every node image.
+The log group of a deleted cluster is written again once after it was deleted.
 """
 
 import json
@@ -18,11 +19,13 @@ from functools import partial
 from typing import Any
 
 from emulator_rules import judge, seen_from_outside, zone_refusal  # type: ignore[import-not-found,unused-ignore]
-from ministack.services import ec2, eks, ssm  # type: ignore[import-not-found,unused-ignore]
+from ministack.services import cloudwatch_logs, ec2, eks, ssm  # type: ignore[import-not-found,unused-ignore]
 
 Answer = tuple[int, dict[str, str], bytes]
 
 updates: dict[str, dict[str, Any]] = {}
+#: Account and log group of deleted clusters whose last events have not come yet.
+still_writing: set[tuple[str, str]] = set()
 CLUSTER = r"/clusters/(?P<cluster>[\w-]+)"
 GROUP = CLUSTER + r"/node-groups/(?P<group>[\w-]+)"
 ADDON = CLUSTER + r"/addons/(?P<addon>[\w-]+)"
@@ -262,7 +265,19 @@ def delete_cluster(request: Request, cluster: str) -> Answer:
     group = record["resourcesVpcConfig"]["clusterSecurityGroupId"]
     ec2._security_groups.pop(group, None)
     ec2._tags.pop(group, None)
+    if any(one.get("enabled") for one in record.get("logging", {}).get("clusterLogging", [])):
+        still_writing.add((eks.get_account_id(), f"/aws/eks/{cluster}/cluster"))
     return request.pass_on()
+
+
+def delete_log_group(inner: Callable[[dict[str, Any]], Answer], data: dict[str, Any]) -> Answer:
+    """DeleteLogGroup: EKS goes on writing for a while, and makes the group of a deleted cluster anew."""
+    answer = inner(data)
+    group = (eks.get_account_id(), data.get("logGroupName", ""))
+    if answer[0] == 200 and group in still_writing:
+        still_writing.remove(group)
+        cloudwatch_logs._create_log_group({"logGroupName": group[1]})
+    return answer
 
 
 def create_nodegroup(request: Request, cluster: str) -> Answer:
@@ -473,11 +488,12 @@ OPERATIONS: dict[str, tuple[str, str, Callable[..., Answer]]] = {
 
 def operations() -> dict[str, list[str]]:
     """Return what is patched here, by service."""
-    return {"eks": list(OPERATIONS), "ssm": ["GetParameters"]}
+    return {"eks": list(OPERATIONS), "ssm": ["GetParameters"], "logs": ["DeleteLogGroup"]}
 
 
 def install() -> None:
     """Put these operations in front of MiniStack's own."""
+    cloudwatch_logs._delete_log_group = partial(delete_log_group, cloudwatch_logs._delete_log_group)
     ssm._public_parameter = partial(public_parameter, ssm._public_parameter)
     inner = eks._handle_request_sync
     routes = [(method, re.compile(path), operation) for method, path, operation in OPERATIONS.values()]
