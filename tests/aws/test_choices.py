@@ -174,6 +174,8 @@ def test_switching_it_off_removes_it(built: Built, playbook: Playbook) -> None:
         eks_external_secrets=False,
         eks_irsa=[],
         eks_extra_node_groups=[],
+        # Those of production need a GPU that Karpenter gave them.
+        rayservice_models=[],
         autoscaler_schedules=[],
     )
     setup.declare(ADOPTED, **{**built.adopted, "network_peerings": []})

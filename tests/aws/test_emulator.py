@@ -242,6 +242,15 @@ def twice(account: Account, *permissions: dict[str, Any]) -> None:
         account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[one])
 
 
+def test_each_network_of_a_rule_is_revoked_alone(account: Account) -> None:
+    group = security_group(account.ec2)
+    both = {**rule(), "IpRanges": [{"CidrIp": "10.0.0.0/8", "Description": "one"}, {"CidrIp": "172.16.0.0/12"}]}
+    account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[both])
+    account.ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=[rule()])
+    (left,) = account.ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"]
+    assert [one["CidrIp"] for one in left["IpRanges"]] == ["172.16.0.0/12"]
+
+
 REFUSED: dict[str, tuple[str, Callable[[Account], Any]]] = {
     "a role's name of 65": (
         "ValidationError",

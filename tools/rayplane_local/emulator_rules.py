@@ -215,7 +215,7 @@ def head_bucket(inner: Callable[[str], Answer], name: str) -> Answer:
 
 
 def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefix: str) -> Any:
-    """Read the rules of a request, with protocols and networks in canonical form, as AWS keeps them."""
+    """Read the rules of a request, one a source, with protocols and networks in canonical form, as AWS keeps them."""
     rules = inner(params, prefix)
     for rule in rules:
         protocol = str(rule["IpProtocol"]).lower()
@@ -231,7 +231,14 @@ def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefi
                 except ValueError:
                     # Refused below, where it is to be added.
                     continue
-    return rules
+    return [single for rule in rules for single in one_a_source(rule)]
+
+
+def one_a_source(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a rule for each source: of several that were added together each may be revoked alone."""
+    kinds = [key for key in ("IpRanges", "Ipv6Ranges", "PrefixListIds", "UserIdGroupPairs") if key in rule]
+    none: dict[str, Any] = {key: [] for key in kinds}
+    return [{**rule, **none, key: [one]} for key in kinds for one in rule[key]] or [rule]
 
 
 def sources(rule: dict[str, Any]) -> list[tuple[str, ...]]:
