@@ -30,6 +30,7 @@ _S3 = {
     "DeleteBucketReplication": ["PutReplicationConfiguration"],
     "DeleteObjects": ["DeleteObject", "DeleteObjectVersion"],
     "GetBucketEncryption": ["GetEncryptionConfiguration"],
+    "GetBucketLifecycle": ["GetLifecycleConfiguration"],
     "GetBucketLifecycleConfiguration": ["GetLifecycleConfiguration"],
     "GetBucketReplication": ["GetReplicationConfiguration"],
     "GetPublicAccessBlock": ["GetBucketPublicAccessBlock"],
