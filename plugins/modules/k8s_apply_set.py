@@ -86,7 +86,8 @@ options:
   wait_for:
     description: >-
       Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments,
-      DaemonSets (ready where no node wants them), StatefulSets, CRDs and RayServices are known,
+      DaemonSets (ready where no node wants them), StatefulSets, CRDs, RayServices, and Ingresses and
+      Services with a load balancer are known,
       other kinds are ready by their condition (Ready, where none is named).
     type: list
     elements: dict
