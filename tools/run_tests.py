@@ -69,6 +69,8 @@ class Phase:
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "INT", "env", "--default-signal=INT", *self.command()],
             cwd=ROOT,
+            # Tests run make themselves, and its own variables would hand this run's ARGS on to it.
+            env={key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ARGS"))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

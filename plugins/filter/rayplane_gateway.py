@@ -13,6 +13,11 @@ Facts behind it:
 * A key is stored as a hash. Of 256 random bits nothing can be guessed from it, so it may lie in a repository.
 * Redis never drops what limits stand on: it refuses when it is full. Cached answers have a Redis beside it that drops
   those used longest ago.
+* Load balancers on AWS go on sending to a pod that leaves: an application load balancer for half a minute, a network
+  load balancer for two (kubernetes-sigs/aws-load-balancer-controller, issues 1064 and 2366). So behind one a pod serves
+  on for as long after it has said that it is not ready. An application load balancer keeps connections to the pods, so
+  theirs stay open for longer than it keeps an idle one.
+* A load balancer has an object of its own, so the gateway's Service stays as it is when one comes, changes or goes.
 * A volume that one node alone can mount cannot be shared by pods. So with such a volume for the audit log the pods are
   a StatefulSet's: each has a volume of its own, and finds it again under its name.
 """
@@ -63,6 +68,11 @@ _AUDIT_WITHOUT_VOLUME = "2Gi"
 _SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key")
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 _STARTED_WITH = "rayplane.io/started-with"
+#: Seconds for which load balancers go on sending to a pod that is not ready any more.
+_LEAVING_S = {"alb": 30, "nlb": 120}
+#: Longer than a request takes (``timeouts.total_s``, 600) with its queueing and its body.
+_IDLE_S = 660
+_TLS_POLICY = "ELBSecurityPolicy-TLS13-1-2-2021-06"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -249,6 +259,7 @@ def gateway_config(settings: Mapping[str, Any]) -> Json:
             "admin_host": "0.0.0.0",  # noqa: S104
             "admin_port": ADMIN_PORT,
             **settings["server"],
+            **_behind_balancer(settings),
         },
         "store": _store(settings),
         "auth": {key: settings[key] for key in ("issuers", "anonymous_role") if settings[key]},
@@ -260,6 +271,17 @@ def gateway_config(settings: Mapping[str, Any]) -> Json:
     }
     config |= {name: settings[name] for name in _PASSED_ON if settings[name]}
     return {name: value for name, value in config.items() if value}
+
+
+def _behind_balancer(settings: Mapping[str, Any]) -> Json:
+    """What the server needs behind its load balancer."""
+    balancer, server = settings["load_balancer"], settings["server"]
+    if not balancer:
+        return {}
+    found: Json = {"drain_delay_s": max(server.get("drain_delay_s", 0), _LEAVING_S[balancer["type"]])}
+    if balancer["type"] == "alb":
+        found["keep_alive_s"] = max(server.get("keep_alive_s", 75), balancer.get("idle_timeout_s", _IDLE_S) + 30)
+    return found
 
 
 def _store(settings: Mapping[str, Any]) -> Json:
@@ -447,6 +469,7 @@ def gateway_objects(settings: Mapping[str, Any], values: Mapping[str, Mapping[st
         ),
         _workload(settings, values),
         _service(settings),
+        *_balancer(settings),
         _object(
             settings,
             "v1",
@@ -506,6 +529,98 @@ def _service(settings: Mapping[str, Any]) -> Json:
     if settings["service_annotations"]:
         service["metadata"]["annotations"] = dict(settings["service_annotations"])
     return service
+
+
+def _balancer(settings: Mapping[str, Any]) -> list[Json]:
+    """What the AWS Load Balancer Controller makes the load balancer of. Its annotations are described in the
+    controller's docs/guide/service/annotations.md and docs/guide/ingress/annotations.md."""
+    balancer = settings["load_balancer"]
+    if not balancer:
+        return []
+    build = _network_balancer if balancer["type"] == "nlb" else _application_balancer
+    item = build(settings, balancer, "https" if balancer.get("certificate_arn") else "http")
+    item["metadata"]["annotations"] |= {key: str(value) for key, value in (balancer.get("annotations") or {}).items()}
+    return [item]
+
+
+def _leaving(settings: Mapping[str, Any]) -> str:
+    """The attribute by which open requests of a pod that leaves are let finish."""
+    server = gateway_config(settings)["server"]
+    seconds = math.ceil(float(server.get("drain_s", 60)) + float(server["drain_delay_s"]))
+    return f"deregistration_delay.timeout_seconds={min(seconds, 3600)}"
+
+
+def _network_balancer(settings: Mapping[str, Any], balancer: Json, scheme: str) -> Json:
+    port = 443 if scheme == "https" else 80
+    targets = (
+        _leaving(settings),
+        # An open stream outlives the pod's saying that it takes no more.
+        "target_health_state.unhealthy.connection_termination.enabled=false",
+    )
+    told = {
+        "scheme": balancer.get("scheme", "internal"),
+        "nlb-target-type": "ip",
+        "healthcheck-protocol": "http",
+        "healthcheck-path": "/healthz",
+        "healthcheck-interval": "10",
+        "healthcheck-healthy-threshold": "2",
+        "healthcheck-unhealthy-threshold": "2",
+        "healthcheck-success-codes": "200",
+        "target-group-attributes": ",".join(targets),
+    }
+    if scheme == "https":
+        told |= {
+            "ssl-cert": balancer["certificate_arn"],
+            "ssl-ports": scheme,
+            "ssl-negotiation-policy": balancer.get("ssl_policy", _TLS_POLICY),
+            "backend-protocol": "tcp",
+        }
+    else:
+        idle = balancer.get("idle_timeout_s", _IDLE_S)
+        told[f"listener-attributes.TCP-{port}"] = f"tcp.idle_timeout.seconds={idle}"
+    spec = {
+        "type": "LoadBalancer",
+        "loadBalancerClass": "service.k8s.aws/nlb",
+        "allocateLoadBalancerNodePorts": False,
+        "selector": _selector(settings, "gateway"),
+        "ports": [_port(scheme, port, PUBLIC_PORT)],
+    }
+    if balancer.get("allowed_cidrs"):
+        spec["loadBalancerSourceRanges"] = list(balancer["allowed_cidrs"])
+    item = _object(settings, "v1", "Service", f"{settings['name']}-nlb", spec=spec)
+    prefix = "service.beta.kubernetes.io/aws-load-balancer"
+    item["metadata"]["annotations"] = {f"{prefix}-{key}": value for key, value in told.items()}
+    return item
+
+
+def _application_balancer(settings: Mapping[str, Any], balancer: Json, scheme: str) -> Json:
+    port = 443 if scheme == "https" else 80
+    told = {
+        "scheme": balancer.get("scheme", "internal"),
+        "target-type": "ip",
+        "listen-ports": json.dumps([{scheme.upper(): port}]),
+        "healthcheck-path": "/healthz",
+        "healthcheck-interval-seconds": "10",
+        "success-codes": "200",
+        "load-balancer-attributes": f"idle_timeout.timeout_seconds={balancer.get('idle_timeout_s', _IDLE_S)}",
+        # Requests differ in length by orders of magnitude.
+        "target-group-attributes": f"{_leaving(settings)},load_balancing.algorithm.type=least_outstanding_requests",
+    }
+    if scheme == "https":
+        told |= {
+            "certificate-arn": balancer["certificate_arn"],
+            "ssl-policy": balancer.get("ssl_policy", _TLS_POLICY),
+        }
+    if balancer.get("allowed_cidrs"):
+        told["inbound-cidrs"] = ",".join(balancer["allowed_cidrs"])
+    backend = {"service": {"name": settings["name"], "port": {"name": "http"}}}
+    spec = {
+        "ingressClassName": "alb",
+        "rules": [{"http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}],
+    }
+    item = _object(settings, "networking.k8s.io/v1", "Ingress", f"{settings['name']}-alb", spec=spec)
+    item["metadata"]["annotations"] = {f"alb.ingress.kubernetes.io/{key}": value for key, value in told.items()}
+    return item
 
 
 def _digest(*values: Any) -> str:
@@ -785,6 +900,9 @@ def gateway_targets(settings: Mapping[str, Any]) -> list[Json]:
     targets = [{**place, "kind": _workload_kind(settings), "name": settings["name"]}]
     if settings["redis"] == "in_cluster":
         targets.append({**place, "kind": "StatefulSet", "name": f"{settings['name']}-redis"})
+    for item in _balancer(settings):
+        name = item["metadata"]["name"]
+        targets.append({**place, "api_version": item["apiVersion"], "kind": item["kind"], "name": name})
     return targets
 
 

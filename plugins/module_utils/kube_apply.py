@@ -463,6 +463,19 @@ class ApplySet:
             self.outcome.diff.append(diff_of(live, None))
         return [{**_target_of(item), "gone": True} for item in gone]
 
+    def refuse_while_used(self, kinds: Iterable[Json], users: Iterable[Json]) -> None:
+        """Stop where objects are left that need what the set owns among ``kinds`` for their own end.
+
+        ``users`` are ``api_version`` and ``kind``, with the cure as ``hint``. Raises ApplyError.
+        """
+        for user in users:
+            resource = self.cluster.resource(user["api_version"], user["kind"])
+            left = self.cluster.list(resource) if resource else []
+            owned = (found for kind in kinds if (found := self.cluster.resource(kind["api_version"], kind["kind"])))
+            if left and any(self.cluster.list(found, selector=self.selector) for found in owned):
+                names = ", ".join(label_of({"kind": user["kind"], **item}) for item in left[:5])
+                raise ApplyError(f"nothing is deleted: {names} could not go any more. {user['hint']}")
+
     def _in_use(self, crd: Json) -> bool:
         spec = crd["spec"]
         version = next(entry["name"] for entry in spec["versions"] if entry.get("storage"))

@@ -247,11 +247,20 @@ def pods_problem(cluster: Cluster, live: Json) -> Final | None:
     return None
 
 
+def balancer_state(cluster: Cluster, live: Json) -> str | None:
+    """A Service of type LoadBalancer, or an Ingress, is ready when its load balancer has an address."""
+    if (live.get("status", {}).get("loadBalancer") or {}).get("ingress"):
+        return None
+    return "its load balancer has no address yet"
+
+
 READY: dict[str, Callable[[Cluster, Json], str | None]] = {
     "CustomResourceDefinition": crd_state,
     "DaemonSet": daemonset_state,
     "Deployment": deployment_state,
+    "Ingress": balancer_state,
     "RayService": rayservice_state,
+    "Service": balancer_state,
     "StatefulSet": statefulset_state,
 }
 

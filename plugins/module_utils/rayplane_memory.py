@@ -345,13 +345,16 @@ def need(shape: Shape, engine: Mapping[str, Any], gpu: Gpu) -> Need:
     wide = shape.active * (3 * shape.intermediate + shape.hidden) or 3 * shape.intermediate
     activations = dtype * batched * (3 * shape.hidden + wide / tensor)
     sampler = _SAMPLER * seqs * shape.vocab
-    graphs = 0 if engine.get("enforce_eager") is True else _graphs(seqs, batched) * layers * _GRAPH
+    eager = engine.get("enforce_eager") is True
+    graphs = 0 if eager else _graphs(seqs, batched) * layers * _GRAPH
+    # Measured: the run that compiles takes as much as the embedding once more.
+    compiled = 0 if eager else dtype * shape.embedding / tensor
     share = _number(engine, "gpu_memory_utilization", UTILIZATION)
     return Need(
         weights=max(0.0, _weights(shape, engine, dtype, tensor, pipeline) - _number(engine, "cpu_offload_gb", 0) * GIB),
         cache=_cache(shape, engine, length, batched, dtype) * layers / shape.layers / _split(shape, tensor),
         length=length,
-        activations=max(activations, sampler),
+        activations=max(activations, sampler, compiled),
         graphs=graphs,
         runtime=_RUNTIME + (_NCCL if tensor * pipeline > 1 else 0),
         budget=gpu.memory * GIB * share,

@@ -219,4 +219,7 @@ def node_tools(values: Values) -> dict[str, str]:
         and strings([values.get("gpu_plugin_helm")])
     ):
         tools[str(values["gpu_plugin_helm"])] = "it renders the charts of GPU nodes"
+    balancers = values.get("load_balancer_controller_enabled") is True
+    if balancers and strings([values.get("load_balancer_controller_helm")]):
+        tools[str(values["load_balancer_controller_helm"])] = "it renders the load balancer controller's chart"
     return tools

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import administrators, api_access
 from ansible.module_utils.rayplane_preflight_engine import engines
+from ansible.module_utils.rayplane_preflight_exposure import exposure
 from ansible.module_utils.rayplane_preflight_gateway import gateway
 from ansible.module_utils.rayplane_preflight_images import images
 from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes
@@ -55,6 +56,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     gpu_memory,
     placement,
     texts,
+    exposure,
     gateway,
     images,
 )

@@ -50,6 +50,11 @@ options:
     type: list
     elements: str
     default: []
+  leave_out:
+    description: Kinds of which the chart's objects are left out, because somebody else makes them.
+    type: list
+    elements: str
+    default: []
   cluster_scoped:
     description: Custom kinds without a namespace whose CRDs are not in the chart.
     type: list
@@ -105,7 +110,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +177,11 @@ def command_of(given: Json) -> list[str]:
     return command
 
 
-def fit(objects: list[Json], namespace: str, cluster_scoped: Iterable[str] = ()) -> list[Json]:
-    """Leave out hooks, and put namespaced objects without a namespace into ``namespace``, as `helm install` does."""
+def fit(
+    objects: list[Json], namespace: str, cluster_scoped: Iterable[str] = (), leave_out: Sequence[str] = ()
+) -> list[Json]:
+    """Leave out hooks and the kinds of ``leave_out``, and put namespaced objects without a namespace into
+    ``namespace``, as `helm install` does."""
     without = CLUSTER_SCOPED | set(cluster_scoped)
     for item in objects:
         if item["kind"] == "CustomResourceDefinition" and item["spec"].get("scope") == "Cluster":
@@ -182,6 +190,8 @@ def fit(objects: list[Json], namespace: str, cluster_scoped: Iterable[str] = ())
     for item in objects:
         meta = item["metadata"]
         if HOOK in (meta.get("annotations") or {}) and item["kind"] != "CustomResourceDefinition":
+            continue
+        if item["kind"] in leave_out:
             continue
         if item["kind"] not in without and not meta.get("namespace"):
             meta["namespace"] = namespace
@@ -205,7 +215,7 @@ def rendered(given: Json) -> tuple[Path, list[Json]]:
 
     def build() -> list[Json]:
         text = run_builder(command_of(given), cure, stdin=json.dumps(given["values"]))
-        return fit(parse(text), given["namespace"], given["cluster_scoped"])
+        return fit(parse(text), given["namespace"], given["cluster_scoped"], given["leave_out"])
 
     asked = {key: value for key, value in given.items() if key not in ("cache_dir", "helm", "chart")}
     depends_on = [chart_state(given["chart"], given["version"], given["repo_url"]), helm_state(given["helm"])]
@@ -225,6 +235,7 @@ def main() -> None:
             "include_crds": {"type": "bool", "default": True},
             "kube_version": {"type": "str", "default": "1.36"},
             "api_versions": {"type": "list", "elements": "str", "default": []},
+            "leave_out": {"type": "list", "elements": "str", "default": []},
             "cluster_scoped": {"type": "list", "elements": "str", "default": []},
             "helm": {"type": "str", "default": "helm"},
             "cache_dir": {"type": "path", "required": True},

@@ -58,6 +58,13 @@ options:
     type: list
     elements: dict
     default: []
+  used_by:
+    description: >-
+      Kinds (C(api_version), C(kind), C(hint)) whose objects need the set for their own end. While there are some,
+      O(state=absent) fails before anything is deleted, and tells C(hint).
+    type: list
+    elements: dict
+    default: []
   align:
     description: >-
       Rules with C(api_version), C(kind), C(namespace), C(name) or C(selector), C(where) (fields that the objects have),
@@ -79,7 +86,8 @@ options:
   wait_for:
     description: >-
       Objects (C(api_version), C(kind), C(namespace), C(name), optional C(condition)) to wait for. Deployments,
-      DaemonSets (ready where no node wants them), StatefulSets, CRDs and RayServices are known,
+      DaemonSets (ready where no node wants them), StatefulSets, CRDs, RayServices, and Ingresses and
+      Services with a load balancer are known,
       other kinds are ready by their condition (Ready, where none is named).
     type: list
     elements: dict
@@ -180,6 +188,7 @@ def main() -> None:
             "adopt_hint": {"type": "str", "default": ""},
             "keep_crds": {"type": "bool", "default": False},
             "gone": {"type": "list", "elements": "dict", "default": []},
+            "used_by": {"type": "list", "elements": "dict", "default": []},
             "align": {"type": "list", "elements": "dict", "default": []},
             "prune_kinds": {"type": "list", "elements": "dict", "default": []},
             "protected": {"type": "list", "elements": "str", "default": []},
@@ -213,6 +222,7 @@ def main() -> None:
             if not module.check_mode:
                 waited = work.wait(given["wait_for"], given["wait_timeout"], given["evidence"])
         else:
+            work.refuse_while_used(given["prune_kinds"], given["used_by"])
             gone = work.remove(objects, given["prune_kinds"], given["protected"], keep_crds=given["keep_crds"])
             if not module.check_mode:
                 waited = work.wait(

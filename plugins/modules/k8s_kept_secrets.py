@@ -25,6 +25,8 @@ options:
       - The Secrets, each with C(name) and C(values), a mapping from key to what it holds.
       - One that is C(given) is made by somebody else; what it lacks is a failure.
       - V(token) is 256 random bits as text, V(api_key) a key of the gateway, V(ed25519) a private key as PEM (PKCS#8).
+      - With C(tls), a list of DNS names, in place of C(values), it holds C(tls.crt) and C(tls.key), a certificate for
+        these names that signs itself. It is made anew 90 days before its end, and where the names are others.
     type: list
     elements: dict
     required: true
@@ -63,6 +65,7 @@ made:
 """
 
 import base64
+import datetime
 import re
 import secrets
 import string
@@ -102,6 +105,53 @@ def ed25519() -> str:
     )
 
 
+#: Days that a certificate lasts, and days before its end from which it is made anew.
+CERTIFICATE_DAYS = 3650
+RENEWAL_DAYS = 90
+
+
+def certificate(names: list[str]) -> dict[str, str]:
+    """A certificate for ``names`` that signs itself, and its key (P-256), both PEM."""
+    from cryptography import x509  # noqa: PLC0415 - only where a certificate is made
+    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "rayplane")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        # Clocks differ.
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return {"tls.crt": signed.public_bytes(serialization.Encoding.PEM).decode(), "tls.key": private.decode()}
+
+
+def still_good(pair: dict[str, str], names: list[str]) -> bool:
+    """Whether a certificate with its key is there, is for ``names``, and does not end soon."""
+    from cryptography import x509  # noqa: PLC0415 - only where a certificate is kept
+
+    try:
+        found = x509.load_pem_x509_certificate(pair["tls.crt"].encode())
+        held = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (KeyError, ValueError, x509.ExtensionNotFound):
+        return False
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=RENEWAL_DAYS)
+    same = sorted(held.get_values_for_type(x509.DNSName)) == sorted(names)
+    return same and found.not_valid_after_utc > soon and bool(pair.get("tls.key"))
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "token": lambda: secrets.token_urlsafe(32),
     "api_key": api_key,
@@ -138,7 +188,13 @@ def keep(
         live = (cluster.get(resource, namespace, name) if cluster else None) or {}
         data = live.get("data") or {}
         values.setdefault(name, {})
-        for key, kind in secret["values"].items():
+        if names := secret.get("tls"):
+            pair = {key: base64.b64decode(data[key]).decode() for key in ("tls.crt", "tls.key") if data.get(key)}
+            if not still_good(pair, names):
+                pair = certificate(names)
+                made += [f"{name}.{key}" for key in pair]
+            values[name] |= pair
+        for key, kind in (secret.get("values") or {}).items():
             if data.get(key):
                 found = base64.b64decode(data[key]).decode()
                 if secret.get("given"):

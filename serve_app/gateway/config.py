@@ -42,6 +42,9 @@ class Server(Section, frozen=True):
     #: A stream that is silent for so long gets a comment, which clients pass over and load balancers take for a sign of
     #: life (theirs cut off after 60 s, commonly). One that has not begun begins with it. 0: never.
     stream_comment_s: float = 15.0
+    #: Seconds that a client's connection stays open between requests: longer than the idle time of a load balancer that
+    #: keeps connections, so that it closes first and meets no closed one.
+    keep_alive_s: float = 75.0
     #: Seconds that a client has to send a request's line and headers.
     client_head_timeout_s: float = 20.0
     #: Seconds that a client has to send its whole body.

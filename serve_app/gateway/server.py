@@ -19,7 +19,7 @@ from .admin import Admin
 from .app import Gateway
 from .policy import Policy
 from .runtime import Runtime
-from .wire import KEEP_ALIVE_S, Bounds, bounded
+from .wire import Bounds, bounded
 
 
 class StartError(Exception):
@@ -45,7 +45,7 @@ def _listen(host: str, port: int, what: str) -> socket.socket:
         ) from error
 
 
-def _server(app: Any, drain_s: float, bounds: Bounds) -> _Server:
+def _server(app: Any, drain_s: float, keep_alive_s: float, bounds: Bounds) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
@@ -55,7 +55,7 @@ def _server(app: Any, drain_s: float, bounds: Bounds) -> _Server:
             access_log=False,
             log_config=None,
             server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=max(1, round(keep_alive_s)),
             timeout_graceful_shutdown=max(1, round(drain_s)),
             backlog=4096,
         )
@@ -96,8 +96,8 @@ async def _serve(path: Path, policy: Policy, began: float, public: socket.socket
         runtime.logs.info("dropped a client that takes nothing of its answer", address=client, unsent_bytes=unsent)
 
     bounds = Bounds(settings.client_head_timeout_s, settings.client_write_timeout_s, dropped)
-    main = _server(Gateway(runtime), settings.drain_s, bounds)
-    admin = _server(Admin(runtime), 2, bounds)
+    main = _server(Gateway(runtime), settings.drain_s, settings.keep_alive_s, bounds)
+    admin = _server(Admin(runtime), 2, settings.keep_alive_s, bounds)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[Any]] = set()

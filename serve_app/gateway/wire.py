@@ -41,8 +41,6 @@ _MAX_QUIET: Final = 2 * MAX_HEADER_BYTES
 #: After the last answer, a client may go on sending for so many seconds: in all, and without a pause.
 LINGER_S: Final = 30.0
 LINGER_IDLE_S: Final = 5.0
-#: Longer than the idle time of the usual load balancers (60 s), so that they close first and meet no closed connection.
-KEEP_ALIVE_S: Final = 75
 #: The connection's handle in an ASGI scope: a `Wire`.
 SCOPE_KEY: Final = "rayplane.wire"
 #: In an ASGI scope, and true, as soon as the request has been read to its end.

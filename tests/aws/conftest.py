@@ -23,6 +23,7 @@ import pytest
 from rayplane_local.shell import DIE_WITH_PARENT
 
 from .account import Account
+from .deployer import permits
 from .faults import Call, Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,12 +243,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def playbook(home: Path, proxy: Proxy) -> Playbook:
-    """Run ansible-playbook: `playbook("playbooks/deploy.yml", "-i", ..., variables={...})`."""
+    """Run ansible-playbook: `playbook("playbooks/deploy.yml", "-i", ..., variables={...})`.
+
+    Whatever it runs, the deployer's policy must allow all of its calls.
+    """
 
     def run(*arguments: str, variables: dict[str, Any] | None = None) -> Run:
         begin = len(proxy.calls)
         done = finish(start(home, *arguments, variables=variables))
         done.calls = proxy.calls[begin:]
+        denied = {str(call) for call in done.calls if not permits(call)}
+        assert not denied, f"docs/deployer-policy does not allow {sorted(denied)}"
         return done
 
     return run

@@ -37,6 +37,8 @@ class Call:
     service: str
     operation: str
     body: bytes = b""
+    #: Path and query.
+    target: str = ""
 
     @property
     def writes(self) -> bool:
@@ -124,7 +126,7 @@ def identify(method: str, target: str, headers: dict[str, str], body: bytes) -> 
             ),
             "",
         )
-    return Call(account, service, operation or f"{method} {path}", body)
+    return Call(account, service, operation or f"{method} {path}", body, target)
 
 
 def error_answer(call: Call, rule: Rule) -> tuple[int, str, bytes]:

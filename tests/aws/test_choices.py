@@ -20,6 +20,7 @@ EVERYTHING, ADOPTED = "rp-everything", "rp-adopted"
 HOSTS = [EVERYTHING, ADOPTED]
 TAGS = "preflight,encryption,images_cloud,network,storage,eks,autoscaler_cloud"
 OTHER_REGION = "eu-west-1"
+GPU_AMI = "AL2023_x86_64_NVIDIA"
 
 
 class Setup:
@@ -173,9 +174,10 @@ def test_switching_it_off_removes_it(built: Built, playbook: Playbook) -> None:
         eks_load_balancer_controller=False,
         eks_external_secrets=False,
         eks_irsa=[],
-        eks_extra_node_groups=[],
-        # Those of production need a GPU that Karpenter gave them.
-        rayservice_models=[],
+        # Production's model on an L4 keeps its group.
+        eks_extra_node_groups=[
+            {"name": "gpu-l4", "instance_types": ["g6.2xlarge"], "ami_type": GPU_AMI, "max_size": 2}
+        ],
         autoscaler_schedules=[],
     )
     setup.declare(ADOPTED, **{**built.adopted, "network_peerings": []})

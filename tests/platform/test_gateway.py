@@ -100,6 +100,24 @@ def test_ray_serve_and_the_admin_api_are_on_no_port_of_this_machine(deployed: Pa
     assert {name: found for name, found in ports.items() if found} == {"gateway": [30080]}
 
 
+def test_ray_dashboard_wants_the_clusters_token(deployed: Path, kubectl: Kubectl) -> None:
+    status = "jsonpath={.status.activeServiceStatus.rayClusterName}"
+    cluster = kubectl("get", "rayservice", "rayplane", "-n", NAMESPACE, "-o", status)
+    secret = kubectl("get", "secret", cluster, "-n", NAMESPACE, "-o", "jsonpath={.data.auth_token}")
+    head = kubectl("get", "pods", "-n", NAMESPACE, "-l", "ray.io/node-type=head", "-o", "name").strip()
+    code = (
+        "import sys, urllib.request as u;"
+        "print(u.urlopen(u.Request('http://127.0.0.1:8265/api/jobs/', headers={'Authorization': sys.argv[1]})).status)"
+    )
+
+    def asked(token: str) -> str:
+        return kubectl("exec", "-n", NAMESPACE, head, "-c", "ray-head", "--", "python3", "-c", code, f"Bearer {token}")
+
+    assert asked(base64.b64decode(secret).decode()).strip() == "200"
+    with pytest.raises(AssertionError, match="401"):
+        asked("another")
+
+
 def test_a_keys_life(keys: Callable[..., Run], tmp_path: Path) -> None:
     """Issued, held to its limit, listed, revoked, restored, rotated, removed."""
     settings = {"limits": {"requests": {"limit": 2, "per": "hour"}}}

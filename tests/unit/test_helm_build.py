@@ -66,6 +66,7 @@ def asked(chart: Path | str, helm: Path | str, cache: Path, **changes: Any) -> J
         "kube_version": "1.34",
         "api_versions": [],
         "cluster_scoped": [],
+        "leave_out": [],
         "helm": str(helm),
         "cache_dir": str(cache),
     } | changes
@@ -91,6 +92,8 @@ def test_a_chart_becomes_objects_without_hooks_lists_and_missing_namespaces(
         f"template r {chart} --namespace ns --values - --kube-version 1.34 --include-crds"
     ]  # values never stand on a command line
     assert json.loads((tmp_path / "stdin").read_text()) == {"secret": "s3cret"}
+    _, without = rendered(asked(chart, helm, tmp_path / "cache", leave_out=["Deployment"]))
+    assert without == objects[1:]
 
 
 def test_it_is_rendered_again_only_when_something_it_depends_on_changed(
@@ -109,6 +112,7 @@ def test_it_is_rendered_again_only_when_something_it_depends_on_changed(
         {"include_crds": False},
         {"kube_version": "1.33"},
         {"api_versions": ["monitoring.coreos.com/v1"]},
+        {"leave_out": ["Deployment"]},
     ]
     for number, changes in enumerate(variants, start=2):
         assert rendered(asked(chart, helm, cache, **changes))[0] != first

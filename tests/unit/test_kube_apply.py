@@ -94,6 +94,20 @@ def test_remove_leaves_what_is_not_ours(server: Server, cluster: Cluster) -> Non
     assert work(cluster).remove([config_map("a")], []) == []
 
 
+def test_nothing_is_removed_that_others_need_for_their_own_end(server: Server, cluster: Cluster) -> None:
+    kinds = [{"api_version": "apps/v1", "kind": "Deployment"}, {"api_version": "v1", "kind": "ConfigMap"}]
+    users = [{"api_version": "x.io/v1", "kind": "Thing", "hint": "?"}]
+    users += [{"api_version": "v1", "kind": "Service", "hint": "Take the Services away first."}]
+    server.put("/api/v1/namespaces/llm/services/s", {"metadata": {"name": "s", "namespace": "llm"}})
+    # Somebody else's are none of the set's concern.
+    work(cluster).refuse_while_used(kinds, users)
+    work(cluster).apply([NAMESPACE, config_map("a")])
+    with pytest.raises(ApplyError, match=r"Service llm/s could not go any more\. Take the Services away first"):
+        work(cluster).refuse_while_used(kinds, users)
+    del server.objects["/api/v1/namespaces/llm/services/s"]
+    work(cluster).refuse_while_used(kinds, users)
+
+
 def test_foreign_objects_are_refused_before_any_change(server: Server, cluster: Cluster) -> None:
     foreign = config_map("a")
     foreign["metadata"]["annotations"] = {"meta.helm.sh/release-name": "kuberay-operator"}

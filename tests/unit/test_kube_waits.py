@@ -86,6 +86,16 @@ def daemons(generation: int = 1, **status: int) -> Json:
     }
 
 
+def test_a_load_balancer_is_waited_for(server: Server, cluster: Cluster) -> None:
+    balanced: Json = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "llm"}, "spec": {}}
+    server.put("/api/v1/namespaces/llm/services/s", balanced)
+    target = {"api_version": "v1", "kind": "Service", "namespace": "llm", "name": "s"}
+    with pytest.raises(ApplyError, match="Service llm/s: its load balancer has no address yet"):
+        work(cluster).wait([target], 0)
+    balanced["status"] = {"loadBalancer": {"ingress": [{"hostname": "x.elb.us-west-2.amazonaws.com"}]}}
+    work(cluster).wait([target], 0)
+
+
 def test_daemon_set_is_ready_where_no_node_wants_it(cluster: Cluster) -> None:
     nowhere = {"desiredNumberScheduled": 0, "numberAvailable": 0, "updatedNumberScheduled": 0}
     assert daemonset_state(cluster, daemons(**nowhere)) is None

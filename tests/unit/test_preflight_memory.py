@@ -165,7 +165,7 @@ LLAMA, QWEN, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-0.5B-Inst
     ("entry", "found"),
     [
         (model(QWEN, "nvidia-t4"), {}),
-        (model(GEMMA, "nvidia-t4", kv_cache_dtype="fp8", max_model_len=4096), {"engine.max_model_len": False}),
+        (model(GEMMA, "nvidia-t4", kv_cache_dtype="fp8", max_model_len=4096), {"resources.accelerator": False}),
         (model("openai/gpt-oss-20b", "nvidia-t4", max_model_len=4096), {"resources.accelerator": False}),
         (model(LLAMA, "nvidia-t4", max_model_len=16384), {"resources.accelerator": False}),
         # Any GPU may be the smallest.
@@ -190,21 +190,21 @@ def test_what_does_not_fit_is_refused_and_what_is_tight_warned_of(
 
 
 def test_the_sum_and_the_cures_are_told() -> None:
-    (problem,) = gpu_memory(values(model(LLAMA, "nvidia-t4", max_model_len=16384, gpu_memory_utilization=0.85)))
+    (problem,) = gpu_memory(values(model(LLAMA, "nvidia-t4", max_model_len=16384)))
     for part in (
         "15.0 weights (8.03 billion parameters)",
         "2.0 KV cache of one sequence of 16,384",
-        "12.4 GiB of the T4",
+        "13.4 GiB of the T4",
     ):
         assert part in problem.reason
     for part in (
-        "AWQ or GPTQ with 4 bit (8.",
+        "AWQ or GPTQ with 4 bit (9.",
         "tensor_parallel_size and resources.gpu 2 (",
         "nvidia-l4, of g6 machines (",
     ):
         assert part in problem.cure
     (problem,) = gpu_memory(values(model(LLAMA, "nvidia-l4", max_model_len=32768)))
-    assert "one of: max_model_len 30720 (" in problem.cure
+    assert "one of: max_model_len 25600 (" in problem.cure
     assert problem.value == 32768
 
 

@@ -176,3 +176,4 @@ def test_helm_is_wanted_only_where_charts_are() -> None:
     assert node_tools({**GPU, **helm}) == {}
     assert list(node_tools({**helm, "platform_autoscaler": "karpenter"})) == ["helm"]
     assert list(node_tools({**GPU, **helm, "gpu_plugin_mode": "gpu_operator"})) == ["helm"]
+    assert list(node_tools({"load_balancer_controller_enabled": True, "load_balancer_controller_helm": "h"})) == ["h"]

@@ -453,7 +453,7 @@ def test_a_missing_price_breaks_the_limit(tmp_path: Path) -> None:
 
 
 def test_clusters_of_other_platforms_are_told_apart(tmp_path: Path) -> None:
-    result, report = run_cost(tmp_path, "-i", "inventories/existing")
+    result, report = run_cost(tmp_path, "-i", "inventories/existing", "-e", "images_registry=registry.of.ours/llm")
     assert result.returncode == 0, result.stdout + result.stderr
     assert report == {}
     assert "no price table" in result.stdout

@@ -403,6 +403,74 @@ def test_services() -> None:
     assert service["selector"].items() <= labels.items() and admin["selector"].items() <= labels.items()
 
 
+ARN = "arn:aws:acm:us-west-2:123456789012:certificate/0f3c2d1e-aaaa"
+
+
+def balanced(kind: str, name: str, **balancer: Any) -> tuple[Json, Json]:
+    """What the load balancer is made of, its annotations without their prefix, and its specification."""
+    objects = gateway_objects(settings(load_balancer=balancer), VALUES)
+    found = one(objects, kind, name)
+    told = found["metadata"]["annotations"]
+    prefixes = ("service.beta.kubernetes.io/aws-load-balancer-", "alb.ingress.kubernetes.io/")
+    return {key.removeprefix(prefixes[0]).removeprefix(prefixes[1]): told[key] for key in told}, found["spec"]
+
+
+def test_a_network_load_balancer_with_tls() -> None:
+    told, spec = balanced("Service", "gateway-nlb", type="nlb", certificate_arn=ARN, allowed_cidrs=["10.0.0.0/8"])
+    assert (told["scheme"], told["nlb-target-type"], told["healthcheck-path"]) == ("internal", "ip", "/healthz")
+    assert (told["ssl-cert"], told["ssl-ports"], told["backend-protocol"]) == (ARN, "https", "tcp")
+    assert told["target-group-attributes"].split(",") == [
+        "deregistration_delay.timeout_seconds=180",  # what the pods take: 60 s, and 120 s before
+        "target_health_state.unhealthy.connection_termination.enabled=false",
+    ]
+    assert (spec["type"], spec["loadBalancerClass"]) == ("LoadBalancer", "service.k8s.aws/nlb")
+    assert spec["ports"] == [{"name": "https", "port": 443, "targetPort": 8080, "protocol": "TCP"}]
+    assert spec["loadBalancerSourceRanges"] == ["10.0.0.0/8"]
+    # The gateway's own Service stays inside.
+    assert (
+        one(gateway_objects(settings(load_balancer={"type": "nlb"}), VALUES), "Service")["spec"]["type"] == "ClusterIP"
+    )
+
+
+def test_a_network_load_balancer_inside_without_tls() -> None:
+    told, spec = balanced("Service", "gateway-nlb", type="nlb", annotations={"example.com/x": True})
+    assert told["listener-attributes.TCP-80"] == "tcp.idle_timeout.seconds=660"
+    assert told["example.com/x"] == "True" and "ssl-cert" not in told
+    assert [port["port"] for port in spec["ports"]] == [80]
+
+
+def test_an_application_load_balancer_with_tls() -> None:
+    given: Json = {"type": "alb", "scheme": "internet-facing", "certificate_arn": ARN, "allowed_cidrs": ["1.2.3.0/24"]}
+    told, spec = balanced("Ingress", "gateway-alb", **given)
+    assert (told["scheme"], told["target-type"], told["inbound-cidrs"]) == ("internet-facing", "ip", "1.2.3.0/24")
+    assert json.loads(told["listen-ports"]) == [{"HTTPS": 443}]
+    assert told["certificate-arn"] == ARN and told["ssl-policy"].startswith("ELBSecurityPolicy-TLS13")
+    assert told["load-balancer-attributes"] == "idle_timeout.timeout_seconds=660"
+    assert "deregistration_delay.timeout_seconds=90" in told["target-group-attributes"]
+    [path] = spec["rules"][0]["http"]["paths"]
+    assert spec["ingressClassName"] == "alb"
+    assert path["backend"] == {"service": {"name": "gateway", "port": {"name": "http"}}}
+
+
+@pytest.mark.parametrize(
+    ("balancer", "server", "wanted"),
+    [
+        ({}, {}, (5.0, 75.0)),
+        ({"type": "nlb"}, {}, (120.0, 75.0)),
+        ({"type": "alb"}, {}, (30.0, 690.0)),
+        ({"type": "alb", "idle_timeout_s": 60}, {"drain_delay_s": 40}, (40.0, 90.0)),
+    ],
+)
+def test_pods_fit_their_load_balancer(
+    tmp_path: Path, balancer: Json, server: Json, wanted: tuple[float, float]
+) -> None:
+    given = {**DEFAULTS["gateway_server"], **server}
+    found = built(tmp_path, load_balancer=balancer, server=given).config.server
+    assert (found.drain_delay_s, found.keep_alive_s) == wanted
+    grace = pod(load_balancer=balancer, server=given)["spec"]["terminationGracePeriodSeconds"]
+    assert grace == wanted[0] + 60 + 15
+
+
 def test_either_an_autoscaler_or_a_number_of_replicas() -> None:
     scaled = gateway_objects(settings(replicas={"min": 2, "max": 5}), VALUES)
     assert one(scaled, "HorizontalPodAutoscaler")["spec"]["maxReplicas"] == 5
@@ -551,6 +619,11 @@ def test_secrets_that_somebody_else_makes() -> None:
 
 
 def test_targets() -> None:
+    balancers = [gateway_targets(settings(load_balancer={"type": kind}))[-1] for kind in ("nlb", "alb")]
+    assert [(one["api_version"], one["kind"], one["name"]) for one in balancers] == [
+        ("v1", "Service", "gateway-nlb"),
+        ("networking.k8s.io/v1", "Ingress", "gateway-alb"),
+    ]
     assert [target["kind"] for target in gateway_targets(settings())] == ["Deployment", "StatefulSet"]
     assert [target["kind"] for target in gateway_targets(settings(redis=""))] == ["Deployment"]
 

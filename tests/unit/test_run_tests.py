@@ -50,7 +50,7 @@ def test_a_name_survives_make_and_two_shells(name: str, tmp_path: Path) -> None:
     file = tmp_path / "Makefile"
     file.write_text("SHELL := /bin/bash\ntest-unit:\n\t@printf '%s|' $(ARGS)\n")
     command = again("unit", f"tests/unit/test_a.py::test_b[{name}]")
-    # A make that runs under `make test` would announce its folder.
+    # pytest may be run by make itself, and an inner make would announce its folder.
     of_a_user = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     said = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=of_a_user, capture_output=True, text=True, check=True

@@ -215,7 +215,7 @@ def head_bucket(inner: Callable[[str], Answer], name: str) -> Answer:
 
 
 def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefix: str) -> Any:
-    """Read the rules of a request, one a source, with protocols and networks in canonical form, as AWS keeps them."""
+    """Read the rules of a request, with protocols and networks in canonical form, as AWS keeps them."""
     rules = inner(params, prefix)
     for rule in rules:
         protocol = str(rule["IpProtocol"]).lower()
@@ -231,14 +231,7 @@ def parse_permissions(inner: Callable[[Params, str], Any], params: Params, prefi
                 except ValueError:
                     # Refused below, where it is to be added.
                     continue
-    return [single for rule in rules for single in one_a_source(rule)]
-
-
-def one_a_source(rule: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a rule for each source: of several that were added together each may be revoked alone."""
-    kinds = [key for key in ("IpRanges", "Ipv6Ranges", "PrefixListIds", "UserIdGroupPairs") if key in rule]
-    none: dict[str, Any] = {key: [] for key in kinds}
-    return [{**rule, **none, key: [one]} for key in kinds for one in rule[key]] or [rule]
+    return rules
 
 
 def sources(rule: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -300,16 +293,29 @@ def contradiction(rule: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def revoke(key: str, inner: Callable[[Params], Answer], params: Params) -> Answer:
-    """RevokeSecurityGroupIngress and Egress: of rules that are there."""
+    """RevokeSecurityGroupIngress and Egress: of rules that are there, each source by itself."""
     group = ec2._security_groups.get(ec2._p(params, "GroupId"))
+    rules = ec2._parse_ip_permissions(params, "IpPermissions")
     have = {one for rule in (group or {}).get(key, ()) for one in sources(rule)}
-    wanted = {one for rule in ec2._parse_ip_permissions(params, "IpPermissions") for one in sources(rule)}
-    if group is None or wanted <= have:
-        return inner(params)
-    refused: Answer = ec2._error(
-        "InvalidPermission.NotFound", "The specified rule does not exist in this security group.", 400
-    )
-    return refused
+    wanted = {one for rule in rules for one in sources(rule)}
+    if not wanted <= have and group is not None:
+        refused: Answer = ec2._error(
+            "InvalidPermission.NotFound", "The specified rule does not exist in this security group.", 400
+        )
+        return refused
+    # MiniStack removes a permission with all of its sources, or none.
+    if group is not None and not all(any(ec2._rules_match(rule, one) for one in group[key]) for rule in rules):
+        group[key] = [kept for rule in group[key] if sources(kept := without(rule, wanted)) or not sources(rule)]
+    return inner(params)
+
+
+def without(rule: dict[str, Any], gone: set[tuple[str, ...]]) -> dict[str, Any]:
+    """Return a rule less some of its sources."""
+    keys = ("IpRanges", "Ipv6Ranges", "PrefixListIds", "UserIdGroupPairs")
+    empty = {**rule, **{key: [] for key in keys}}
+    return rule | {
+        key: [one for one in rule.get(key, ()) if sources({**empty, key: [one]})[0] not in gone] for key in keys
+    }
 
 
 # Once a client token
