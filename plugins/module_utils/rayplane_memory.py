@@ -23,7 +23,7 @@ from typing import Any
 
 from ansible.module_utils.rayplane_gpus import GPUS, Gpu
 
-__all__ = ["GIB", "SHAPES", "Need", "Shape", "cures", "folder", "need", "shape_of", "sum_line"]
+__all__ = ["GIB", "SHAPES", "UTILIZATION", "Need", "Shape", "cures", "folder", "need", "shape_of", "sum_line"]
 
 GIB = 1024**3
 #: Default of vLLM 0.29 (config/cache.py).

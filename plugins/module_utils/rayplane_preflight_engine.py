@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.rayplane_gpus import Gpu
+from ansible.module_utils.rayplane_gpus import GPUS, Gpu, ray_name
 from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_memory import model_gpu
@@ -116,6 +116,7 @@ def engines(values: Values) -> Iterator[Problem]:
         yield from _format(path, entry, engine, ignored if strings(ignored) else (), vllm)
         yield from _together(f"{path}.engine", engine)
         yield from _under_serve(path, entry, engine)
+        yield from _known_to_ray(path, entry, values.get("rayservice_accelerators"), release)
         gpu = model_gpu(values, entry)
         yield from _on_accelerator(path, entry, engine, release, gpu)
         yield from _in_image(path, entry, values.get("rayservice_image"), gpu)
@@ -317,6 +318,27 @@ def _under_serve(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
                 "delete it; keys, addresses and TLS are the gateway's and the Service's",
                 warning=True,
             )
+
+
+def _known_to_ray(path: str, entry: Mapping[str, Any], table: Any, release: Mapping[str, Any]) -> Iterator[Problem]:
+    """Serve LLM takes the accelerators of Ray's list alone."""
+    resources = entry.get("resources")
+    name = str(resources.get("accelerator") or "") if isinstance(resources, Mapping) and resources.get("gpu") else ""
+    own = table.get(name) if isinstance(table, Mapping) else None
+    known = release.get("accelerators", [])
+    ray = (own.get("ray_name") if isinstance(own, Mapping) else None) or ray_name(name)
+    if not name or not known or ray in known:
+        return
+    spelt = {one.lower(): one for one in known} | {gpu.name: f"nvidia-{gpu.name}" for gpu in GPUS}
+    plain = re.sub(r"^(nvidia-)?(te[sz]la-)?", "", name.lower())
+    alike = [spelt[one] for one in difflib.get_close_matches(plain, list(spelt), 2, 0.5)]
+    yield Problem(
+        f"{path}.resources.accelerator",
+        name,
+        f"Ray {release['ray']} knows no accelerator {ray}, and Serve LLM refuses it",
+        (f"did you mean {' or '.join(alike)}? Or " if alike else "")
+        + f"set rayservice_accelerators.{name}.ray_name to a name that Ray knows, such as {', '.join(known[:8])}",
+    )
 
 
 def _on_accelerator(

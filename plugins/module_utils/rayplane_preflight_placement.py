@@ -113,7 +113,8 @@ def _devices(values: Values) -> Iterator[Problem]:
             "gpu_plugin_mig_strategy",
             "mixed",
             "no node group bears the label nvidia.com/mig.config, without which GPUs stay whole",
-            "give its labels nvidia.com/mig.config: all-1g.10gb, for example",
+            "give its labels nvidia.com/mig.config: all-1g.5gb, for example, and models that are to run on a slice"
+            " resources.gpu_resource: nvidia.com/mig-1g.5gb",
             warning=True,
         )
     pods = [(f"{path}.resources", entry.get("resources")) for path, entry in entries_of(values, "rayservice_models")]

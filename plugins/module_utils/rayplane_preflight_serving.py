@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ansible.module_utils.rayplane_gpus import ray_name
 from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_values import (
@@ -376,7 +377,7 @@ def worker_groups(values: Values) -> Iterator[Problem]:
         yield from _sizes(path, group)
         name = group.get("name")
         yield from taken_name(path, name, seen)
-        offered.add(str(group.get("accelerator") or ""))
+        offered |= {str(group.get("accelerator") or ""), ray_name(str(group.get("accelerator") or "")).lower()}
         extra = group.get("ray_resources")
         offered.update(
             str(key).removeprefix("accelerator_type:").lower() for key in (extra if isinstance(extra, Mapping) else ())
@@ -384,11 +385,7 @@ def worker_groups(values: Values) -> Iterator[Problem]:
     for path, entry in entries_of(values, "rayservice_models"):
         resources = entry.get("resources")
         accelerator = resources.get("accelerator") if isinstance(resources, Mapping) else None
-        if (
-            isinstance(accelerator, str)
-            and accelerator
-            and not {accelerator, accelerator.removeprefix("nvidia-").lower()} & offered
-        ):
+        if isinstance(accelerator, str) and accelerator and not {accelerator, ray_name(accelerator).lower()} & offered:
             yield Problem(
                 f"{path}.resources.accelerator",
                 accelerator,

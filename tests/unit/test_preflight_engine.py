@@ -23,6 +23,23 @@ def found(ray: str = RAY, **model: Any) -> dict[str, Problem]:
     return {problem.variable.removeprefix("rayservice_models[0]."): problem for problem in problems}
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "told"),
+    [
+        ("nvidia-tesla-t4", {}, ""), ("Tesla-T4", {}, ""), ("NVIDIA-H100-80GB-HBM3", {}, ""), ("nvidia-a10", {}, ""),
+        ("AMD-Instinct-MI300X-OAM", {}, ""), ("nvidia-rtx-pro-6000", {}, ""), ("mine", {"mine": {"ray_name": "L4"}}, ""),
+        ("nvidia-t5", {}, "did you mean nvidia-t4?"), ("nvidia-tezla-t4", {}, "did you mean nvidia-t4"),
+        ("g4dn.xlarge", {}, "such as V100"), ("tpu-v6e", {}, "did you mean TPU-V6E"),
+    ],
+)  # fmt: skip
+def test_ray_knows_the_accelerator(name: str, table: dict[str, Any], told: str) -> None:
+    entry = {"id": "m", "source": "a/b", "resources": gpu(name)}
+    problems = list(
+        engines({"rayservice_ray_version": RAY, "rayservice_models": [entry], "rayservice_accelerators": table})
+    )
+    assert [told in problem.cure for problem in problems] == ([True] if told else [])
+
+
 def gpu(name: str, number: int = 1) -> dict[str, Any]:
     return {"gpu": number, "accelerator": name}
 
