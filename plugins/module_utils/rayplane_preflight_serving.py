@@ -192,6 +192,7 @@ def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "max_loras",
         "block_size",
     ):
         value: Any = engine.get(name)
@@ -342,6 +343,18 @@ def rayservice(values: Values) -> Iterator[Problem]:
             "KubeRay moves traffic step by step only between clusters that its autoscaler resizes",
             "set rayservice_autoscaling to true, or rayservice_upgrade_strategy to NewCluster",
         )
+    ingress = values.get("rayservice_ingress")
+    if isinstance(ingress, Mapping):
+        yield from bounds("rayservice_ingress", ingress.get("min"), ingress.get("max"))
+        target: Any = ingress.get("target_ongoing_requests")
+        most: Any = ingress.get("max_ongoing_requests")
+        if whole(target) and whole(most) and target > most > 0:
+            yield Problem(
+                "rayservice_ingress.target_ongoing_requests",
+                target,
+                f"a replica never has more than max_ongoing_requests, {most}: Serve would never add one",
+                f"write {max(1, most * 3 // 4)}, for example, or raise max_ongoing_requests",
+            )
     port: Any = values.get("rayservice_node_port")
     if whole(port) and port != 0 and not 30000 <= port <= 32767:
         yield Problem(

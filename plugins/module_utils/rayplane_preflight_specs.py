@@ -189,7 +189,7 @@ def from_text(text: str, kind: str) -> str:
     if kind == "bool" and word.lower() in ("false", "no", "off", "0", "n", "f"):
         return "false"
     try:
-        return str(int(word)) if kind == "int" else str(float(word)) if kind == "float" else ""
+        return str(int(word)) if kind == "int" else word if kind == "float" and float(word) >= 0 else ""
     except ValueError:
         return ""
 
