@@ -11,7 +11,7 @@ from typing import Any
 
 from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import GPU_LABEL, GPUS, Gpu, gpu_of_instance, gpus_named, label_value
-from ansible.module_utils.rayplane_memory import UTILIZATION, Shape, cures, need, shape_of, sum_line
+from ansible.module_utils.rayplane_memory import UTILIZATION, Shape, cures, guess_of, need, shape_of, sum_line
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
@@ -89,9 +89,10 @@ def gpu_memory(values: Values) -> Iterator[Problem]:
         gpu, engine = model_gpu(values, entry), entry.get("engine") or {}
         if gpu is None or not isinstance(engine, Mapping):
             continue
-        shape = shape_of(entry.get("source"))
+        known = shape_of(entry.get("source"))
+        shape = known or guess_of(entry.get("source"))
         if shape and not entry.get("placement") and not engine.get("kv_cache_memory_bytes"):
-            yield from _fits(path, entry["resources"], engine, shape, gpu)
+            yield from _fits(path, entry["resources"], engine, shape, gpu, guessed=known is None)
         device = entry["resources"].get("gpu_resource", "nvidia.com/gpu").removesuffix(".shared")
         yield from _shared(path, engine, slicing.get(device) if isinstance(slicing, Mapping) else None)
 
@@ -112,10 +113,11 @@ def _shared(path: str, engine: Mapping[str, Any], replicas: Any) -> Iterator[Pro
 
 
 def _fits(
-    path: str, resources: Mapping[str, Any], engine: Mapping[str, Any], shape: Shape, gpu: Gpu
+    path: str, resources: Mapping[str, Any], engine: Mapping[str, Any], shape: Shape, gpu: Gpu, *, guessed: bool
 ) -> Iterator[Problem]:
+    """``guessed`` is a shape that the name suggests: what it says is worth a warning, and only where nothing fits."""
     found = need(shape, engine, gpu)
-    if found.fits and not found.tight:
+    if found.fits and (guessed or not found.tight):
         return
     known = "accelerator" if resources.get("accelerator") else "gpu"
     told = sum_line(found, shape, gpu)
@@ -123,14 +125,14 @@ def _fits(
         reason = f"it fits with little to spare: {told}; sequences of {found.length:,} tokens that fit: "
         reason += f"{found.sequences:.1f}"
     else:
-        reason = f"the model does not fit: {told}"
+        reason = f"{'by its name ' * guessed}the model does not fit: {told}"
     choices = list(cures(shape, engine, gpu, roomy=found.fits))
     # What a shorter length cures is the length's fault.
     long = any(choice.startswith("max_model_len") for choice in choices)
     variable = f"{path}.engine.max_model_len" if long else f"{path}.resources.{known}"
     value = engine.get("max_model_len", ABSENT) if long else resources[known]
     cure = "one of: " + "; ".join(choices) if choices else "a smaller model, or several of the changes together"
-    yield Problem(variable, value, reason, cure, warning=found.fits)
+    yield Problem(variable, value, reason, cure, warning=found.fits or guessed)
 
 
 def gpu_nodes(values: Values) -> Iterator[Problem]:

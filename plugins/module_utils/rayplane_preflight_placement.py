@@ -30,7 +30,6 @@ _GIB = 2.0**30
 _UNITS = {"cpu": "CPUs", "memory": "GiB"}
 #: Labels that Kubernetes, the cloud, Karpenter and NVIDIA's feature discovery put on nodes.
 _OTHERS_LABELS = re.compile(r"(.+\.)?(kubernetes\.io|k8s\.io|k8s\.aws|amazonaws\.com|karpenter\.sh|nvidia\.com)/.*")
-_EFFECTS = {"NO_SCHEDULE": "NoSchedule", "NO_EXECUTE": "NoExecute", "PREFER_NO_SCHEDULE": "PreferNoSchedule"}
 
 
 @dataclass(frozen=True)
@@ -168,10 +167,7 @@ def _nodes(values: Values) -> tuple[list[_Nodes], bool]:
         labels = node_labels(str(group.get("ami_type", "")), types) | {
             str(key): str(value) for key, value in (group.get("labels") or {}).items()
         }
-        taints = tuple(
-            {**taint, "effect": _EFFECTS.get(str(taint.get("effect")), str(taint.get("effect")))}
-            for taint in group.get("taints") or ()
-        )
+        taints = tuple({"effect": "NoSchedule", **taint} for taint in group.get("taints") or ())
         # Without an autoscaler the nodes stay as many as they are.
         most = group.get("desired_size" if values.get("platform_autoscaler") == "none" else "max_size")
         name = str(group.get("name"))

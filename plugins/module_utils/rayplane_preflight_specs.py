@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -204,6 +205,8 @@ def name_of(value: Any) -> str:
         return "a number"
     if isinstance(value, Mapping):
         return "a mapping"
+    if isinstance(value, datetime.date):
+        return "a date"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 

@@ -292,6 +292,26 @@ def test_slices_and_sizes_of_a_gpu_have_their_own_memory(
     assert all(problem.warning for problem in problems) == fits
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("NousResearch/Hermes-3-Llama-3.1-8B", "15.0 weights (8.03 billion"),
+        ("s3://bucket/models/Llama-3.1-8B-Instruct", "15.0 weights"),
+        ("codellama/CodeLlama-13b-Instruct-hf", "21.8 weights"),
+        ("acme/secret-70b-AWQ", "30.5 weights"),
+        ("acme/mixture-8x7B", "83.4 weights"),
+        ("acme/secret-7b-awq", ""),
+        ("acme/secret-70b-lora", ""),
+        ("acme/secret-70b-3bit", ""),
+        ("acme/secret-40B-A3B-GPTQ", "17.4 weights"),
+        ("acme/e4b-3b", ""),
+    ],
+)
+def test_what_a_name_says_is_worth_a_warning(source: str, told: str) -> None:
+    problems = list(gpu_memory(values(model(source, "nvidia-t4", max_model_len=2048))))
+    assert [problem.warning and told in problem.reason for problem in problems] == ([True] if told else [])
+
+
 def test_shared_gpus_have_their_memory_once() -> None:
     shared = {"gpu_plugin_time_slicing_replicas": {"nvidia.com/gpu": 4}}
     (problem,) = gpu_memory(values(model(QWEN, "nvidia-t4", max_model_len=2048), **shared))

@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "platform_autoscaler": "cluster_autoscaler",
     "rayservice_gpu_node_label": "",
 }
-TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NO_SCHEDULE"}
+TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
 
 
 def group(name: str, kind: str, most: int = 4, **more: Any) -> dict[str, Any]:
