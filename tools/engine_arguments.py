@@ -28,7 +28,7 @@ import ray
 import vllm
 from pydantic import BaseModel
 from ray.llm._internal.common.placement import PlacementGroupConfig
-from ray.llm._internal.serve.core.configs.llm_config import LoraConfig
+from ray.llm._internal.serve.core.configs.llm_config import AcceleratorType, LoraConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.deployment import Deployment, DeploymentConfig
 from ray.serve.schema import RayActorOptionsSchema
@@ -171,6 +171,7 @@ def schema() -> Mapping[str, Any]:
         "ray": ray.__version__,
         "vllm": vllm.__version__.partition("+")[0],
         **environment(),
+        "accelerators": [one.value for one in AcceleratorType],
         "no_float16": sorted(_FLOAT16_NOT_SUPPORTED_MODELS),
         "quantization_capability": {method: capability(method) for method in sorted(QUANTIZATION_METHODS)},
         "deployment": dict(sorted(deployment().items())),

@@ -62,8 +62,28 @@ def ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:
     return str(accelerators.get(name, {}).get("ray_name") or ray_name(name))
 
 
-def _parallelism(engine: Mapping[str, Any]) -> tuple[int, int]:
-    return int(engine.get("tensor_parallel_size", 1)), int(engine.get("pipeline_parallel_size", 1))
+def replica_bounds(model: Json) -> tuple[int, int]:
+    """A model's least and most replicas: what its deployment says to Serve, or else its ``replicas``."""
+    replicas, deployment = model.get("replicas") or {}, model.get("deployment") or {}
+    own, fixed = deployment.get("autoscaling_config") or {}, deployment.get("num_replicas")
+    if fixed == "auto":
+        return 1, 100  # Serve's own bounds for it
+    if fixed is not None:
+        return int(fixed), int(fixed)
+    low = int(own.get("min_replicas", replicas.get("min", 1)))
+    return low, int(own.get("max_replicas", replicas.get("max", max(low, 1))))
+
+
+def worker_group_name(model: Json) -> str:
+    """The derived group of a model's replicas: its accelerator and device, as part of a pod's name."""
+    resources = model.get("resources") or {}
+    if not resources.get("gpu"):
+        return "cpu"
+    # Slices and shared GPUs are other devices than whole ones, so their pods are others, too.
+    device = str(resources.get("gpu_resource") or GPU_RESOURCE)
+    parts = [str(resources.get("accelerator") or "gpu")]
+    parts += [] if device == GPU_RESOURCE else [device.removeprefix("nvidia.com/")]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower())
 
 
 def rayservice_routes(models: Sequence[Json], gateway: bool = False) -> dict[str, str]:
@@ -171,21 +191,16 @@ def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]
         "memory": settings["cpu_group"]["memory"],
     }
     for model in models:
-        resources, replicas = model.get("resources") or {}, model.get("replicas") or {}
+        resources = model.get("resources") or {}
         gpu = int(resources.get("gpu", 0))
-        low = int(replicas.get("min", 1))
-        high = int(replicas.get("max", max(low, 1)))
-        _, pipeline = _parallelism(model.get("engine") or {})
-        accelerator = resources.get("accelerator") if gpu else None
-        resource = str(resources.get("gpu_resource") or GPU_RESOURCE)
-        # Slices and shared GPUs are other devices than whole ones, so their pods are others, too.
-        slice_name = "" if resource == GPU_RESOURCE else resource.removeprefix("nvidia.com/").replace(".", "-")
-        name = "-".join(filter(None, (str(accelerator or "gpu"), slice_name))) if gpu else "cpu"
+        low, high = replica_bounds(model)
+        pipeline = int((model.get("engine") or {}).get("pipeline_parallel_size", 1))
+        name = worker_group_name(model)
         group = groups.setdefault(name, {"name": name, "min": 0, "max": 0, "cpu": 1, "memory": "1Gi", "gpu": 0})
-        if accelerator:
-            group["accelerator"] = accelerator
-        if slice_name and gpu:
-            group["gpu_resource"] = resource
+        if gpu and resources.get("accelerator"):
+            group["accelerator"] = resources["accelerator"]
+        if gpu and resources.get("gpu_resource", GPU_RESOURCE) != GPU_RESOURCE:
+            group["gpu_resource"] = resources["gpu_resource"]
         group["gpu"] = max(int(group.get("gpu", 0)), gpu)
         for key in ("cpu", "memory"):
             if key in resources and quantity(resources[key]) > quantity(group[key]):

@@ -81,13 +81,16 @@ def gpu_of_instance(instance_type: str) -> Gpu | None:
 
 
 def gpus_named(accelerator: str) -> Sequence[Gpu]:
-    """The kinds that a name means, in any cloud's spelling and in Ray's: ``nvidia-tesla-t4``, ``T4``, ``A100-80G``.
+    """The kinds that a name means, in any cloud's spelling, NVIDIA's and Ray's: ``nvidia-tesla-t4``, ``Tesla-T4``,
+    ``NVIDIA-H100-80GB-HBM3``, ``A100-80G``.
 
     ``nvidia-a100`` and ``nvidia-tesla-v100`` mean both sizes of memory; an unknown name means none.
     """
-    name = re.sub(r"^(nvidia-)?(tesla-)?", "", accelerator.lower())
-    name = re.sub(r"-(sxm\d?|pcie|nvl)\b", "", name)
+    name = re.sub(r"[^a-z0-9]+", "-", accelerator.lower()).strip("-")
+    name = re.sub(r"^(nvidia-)?(tesla-)?", "", name)
+    name = re.sub(r"-(sxm\d?|pcie|nvl|hbm\d\w?|mega)\b", "", name)
     name = re.sub(r"-(\d+)g$", r"-\1gb", name)
+    name = re.sub(r"^a10\b", "a10g", name)  # as Ray Serve LLM has it
     exact = [gpu for gpu in GPUS if gpu.name == name]
     sizes = [gpu for gpu in GPUS if re.fullmatch(rf"{re.escape(name.partition('-')[0])}-\d+gb", gpu.name)]
     if re.fullmatch(r"[a-z0-9]+", name):
@@ -101,7 +104,10 @@ def ray_name(accelerator: str) -> str:
     known = gpus_named(accelerator)
     if len(known) == 1 and known[0].name.startswith("a100-"):
         return known[0].name.upper().removesuffix("B")
-    return known[0].name.partition("-")[0].upper() if known else accelerator.removeprefix("nvidia-").upper()
+    if known:
+        return known[0].name.partition("-")[0].upper()
+    other = accelerator.removeprefix("nvidia-")
+    return other if other == accelerator else other.upper()
 
 
 def label_value(accelerator: str, label: str) -> str:

@@ -23,7 +23,19 @@ from typing import Any
 
 from ansible.module_utils.rayplane_gpus import GPUS, Gpu
 
-__all__ = ["GIB", "SHAPES", "Need", "Shape", "cures", "folder", "need", "shape_of", "sum_line"]
+__all__ = [
+    "GIB",
+    "SHAPES",
+    "UTILIZATION",
+    "Need",
+    "Shape",
+    "cures",
+    "folder",
+    "guess_of",
+    "need",
+    "shape_of",
+    "sum_line",
+]
 
 GIB = 1024**3
 #: Default of vLLM 0.29 (config/cache.py).
@@ -51,6 +63,8 @@ _QUANTIZATION_IN_NAME = (
     (r"bnb|4bit", "nf4"),
     (r"mxfp4", "mxfp4"),
 )
+#: Parts of a name that say of its weights that they are small in a way not counted here.
+_OTHER_FORMATS = re.compile(r"gguf|\dbit|aqlm|hqq|eetq|quip|fp4|autoround|exl\d|lora|adapter|draft|eagle|bitnet|tiny")
 #: vLLM 0.29 runs them in bfloat16 or float32 alone (config/model.py).
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "glm4")
 #: Families whose parameters the sizes in config.json tell.
@@ -250,6 +264,27 @@ def shape_of(source: Any) -> Shape | None:
     return replace(shape, quantization=kind) if shape and kind else shape
 
 
+def guess_of(source: Any) -> Shape | None:
+    """A shape that the name of an unknown model suggests: of the known model in it (``Hermes-3-Llama-3.1-8B``), or no
+    more than the weights that it speaks of (``70b``); None where it says neither, or a format that is not known here.
+    """
+    if not isinstance(source, str) or folder(source) or _OTHER_FORMATS.search(source.lower()):
+        return None
+    name = source.rstrip("/").rpartition("/")[2].lower()
+    kind = next((kind for pattern, kind in _QUANTIZATION_IN_NAME if re.search(pattern, name)), "")
+    inside = [key for key in SHAPES if re.search(rf"(^|[-_]){re.escape(key)}($|[-_])", name)]
+    if inside:
+        shape = SHAPES[max(inside, key=len)]
+        return replace(shape, quantization=kind or shape.quantization)
+    said = re.search(r"(?<![a-z0-9.])(\d+x)?(\d+(?:\.\d+)?)b(?![a-z0-9])", name)
+    if not said:
+        return None
+    # Names round up, and experts share their attention.
+    billions = float(said[2]) * (0.8 * int(said[1][:-1]) if said[1] else 0.9)
+    # All weights in experts that none goes through: they take memory and nothing else does.
+    return Shape(1, 1, 64, 64, 0, 1, 0, True, 2048, experts=int(billions * 1e9 / 3), quantization=kind)
+
+
 def _shape_of_folder(place: Path) -> Shape | None:
     """The shape in a folder's config.json, with the size of its safetensors files; None where it cannot be told."""
     try:
@@ -420,7 +455,7 @@ def sum_line(found: Need, shape: Shape, gpu: Gpu) -> str:
         "CUDA graphs": found.graphs,
         "runtime": found.runtime,
     }
-    told = " + ".join(f"{size / GIB:.1f} {name}" for name, size in parts.items() if size)
+    told = " + ".join(f"{size / GIB:.1f} {name}" for name, size in parts.items() if size >= GIB / 20)
     share = found.budget / GIB / gpu.memory
     return (
         f"{told} = {found.total / GIB:.1f} GiB, and vLLM may use {found.budget / GIB:.1f} GiB of the {gpu.title}"

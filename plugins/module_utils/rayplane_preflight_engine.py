@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.rayplane_gpus import Gpu
+from ansible.module_utils.rayplane_gpus import GPUS, Gpu, ray_name
 from ansible.module_utils.rayplane_memory import shape_of
-from ansible.module_utils.rayplane_preflight import Problem
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem
 from ansible.module_utils.rayplane_preflight_memory import model_gpu
 from ansible.module_utils.rayplane_preflight_specs import KINDS, from_text, name_of
-from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
+from ansible.module_utils.rayplane_preflight_values import Values, bucket_name_problem, entries_of, strings, whole
 
 __all__ = ["check_type", "engines", "serving_release"]
 
@@ -30,6 +30,7 @@ _FILES = Path(__file__).resolve().parents[2] / "roles" / "preflight" / "files"
 
 #: Arguments of earlier releases, and what stands in their place.
 _DROPPED = {
+    "max_concurrent_queries": "use max_ongoing_requests",
     "cuda_graph_sizes": "use cudagraph_capture_sizes",
     "device": "delete it; the image and resources.gpu say where the model runs",
     "disable_log_requests": "delete it; requests are logged only where enable_log_requests is true",
@@ -67,6 +68,8 @@ _IDLE_WITHOUT = {
         "enable_lora",
     ),
 }
+#: Compute capability from which an attention backend runs (vllm/v1/attention/backends); the others choose themselves.
+_ATTENTION = {"FLASH_ATTN": 80, "FLASHINFER": 80, "FLASHMLA": 90, "CUTLASS_MLA": 100, "FLASHINFER_MLA": 100}
 _LORA_SCHEMES = ("s3://", "gs://", "abfss://", "azure://")
 
 
@@ -113,9 +116,10 @@ def engines(values: Values) -> Iterator[Problem]:
                     if name not in ("model", "served_model_name") and not str(name).startswith("placement_group_")
                 }
                 yield from check_type(f"{path}.{key}", given, release[section], owner)
-        yield from _format(path, entry, engine, ignored if strings(ignored) else (), vllm)
+        yield from _format(path, entry, ignored if strings(ignored) else (), release, vllm)
         yield from _together(f"{path}.engine", engine)
         yield from _under_serve(path, entry, engine)
+        yield from _known_to_ray(path, entry, values.get("rayservice_accelerators"), release)
         gpu = model_gpu(values, entry)
         yield from _on_accelerator(path, entry, engine, release, gpu)
         yield from _in_image(path, entry, values.get("rayservice_image"), gpu)
@@ -181,12 +185,14 @@ def _wrong(path: str, value: Any, alternatives: Sequence[str], owner: str) -> Pr
         if not example and "int" in kinds and (short := re.fullmatch(r"(\d+)([kKmMgG])", value)):
             power = "kmg".index(short[2].lower()) + 1
             example = str(int(short[1]) * (1000 if short[2].islower() else 1024) ** power)
-        example = example or KINDS[kinds[0]][1]
-        return Problem(path, value, f"{owner} takes {wanted} here, and it is text", f"write {example} without quotes")
+        cure = f"write {example} without quotes" if example else f"write {wanted}, or delete it"
+        return Problem(path, value, f"{owner} takes {wanted} here, and it is text", cure)
     limits = " or ".join(word for word in alternatives if re.search(r"[<>]", word))
     if limits and isinstance(value, int | float) and not isinstance(value, bool):
         bound = re.sub(r"^[a-z]+", "", limits).replace(">=", "from ").replace(">", "above ").replace("<=", " to ")
         return Problem(path, value, f"{owner} takes {wanted} {bound} here", f"write {wanted} {bound}")
+    if kinds == ["int"] and isinstance(value, float):
+        return Problem(path, value, f"{owner} takes {wanted} here", f"write {max(1, round(value))}")
     example = f'"{value}"' if kinds == ["str"] and not isinstance(value, Mapping | list) else KINDS[kinds[0]][1]
     return Problem(path, value, f"{owner} takes {wanted} here, and it is {name_of(value)}", f"write {example}")
 
@@ -207,9 +213,11 @@ def _some(known: Any) -> str:
 
 
 def _format(
-    path: str, entry: Mapping[str, Any], engine: Mapping[str, Any], ignored: Sequence[str], vllm: str
+    path: str, entry: Mapping[str, Any], ignored: Sequence[str], release: Mapping[str, Any], vllm: str
 ) -> Iterator[Problem]:
     """The weights are in a format that the serving image loads, and that is brought to it."""
+    engine = entry["engine"] if isinstance(entry.get("engine"), Mapping) else {}
+    no_bnb = bool(release) and "bitsandbytes" not in release["engine"]["quantization"]
     source, load_format = entry.get("source"), engine.get("load_format")
     if isinstance(source, str) and (file := re.search(r"/[^/]+\.(safetensors|bin|pth?|ckpt|gguf|json)$", source)):
         yield Problem(
@@ -221,7 +229,8 @@ def _format(
     elif isinstance(source, str) and not source.startswith(("/", ".", "~")):
         scheme, address, rest = source.rpartition("://")
         name = rest.rstrip("/").rpartition("/")[2] if address and scheme != "hf" else rest
-        if found := _FORMATS.search(name):
+        found = _FORMATS.search(name) or (re.search(r"(?<![a-z])(bnb)(?![a-z])", name) if no_bnb else None)
+        if found:
             yield Problem(
                 f"{path}.source",
                 source,
@@ -263,11 +272,7 @@ def _together(where: str, engine: Mapping[str, Any]) -> Iterator[Problem]:
                 f"set {needed} to true, or delete it",
                 warning=True,
             )
-    for low, high in (
-        ("max_num_seqs", "max_num_batched_tokens"),
-        ("max_loras", "max_cpu_loras"),
-        ("data_parallel_size_local", "data_parallel_size"),
-    ):
+    for low, high in (("max_num_seqs", "max_num_batched_tokens"), ("max_loras", "max_cpu_loras")):
         least: Any = engine.get(low)
         most: Any = engine.get(high)
         if whole(least) and whole(most) and most < least:
@@ -290,13 +295,30 @@ def _under_serve(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
             "delete it",
         )
     size: Any = engine.get("data_parallel_size")
+    told = ("data_parallel_size_local",) if whole(size) and size > 1 else ()
     if whole(size) and size > 1:
         yield Problem(
             f"{where}.data_parallel_size",
             size,
             "a replica has one placement group, with GPUs for tensor and pipeline parallelism alone, so the other"
             f" {size - 1} ranks would find none",
-            f"delete the data_parallel_ keys and set {path}.replicas to {size}: replicas share the load as well",
+            f"delete the data_parallel_ keys and set {path}.replicas.min to {size}: replicas share the load as well",
+        )
+    alone = "a replica's placement group has GPUs for tensor and pipeline parallelism alone"
+    for name, what in (
+        *((name, alone) for name in ("prefill_context_parallel_size", "data_parallel_size_local") if name not in told),
+        ("nnodes", "Ray starts the engine's workers, on other nodes, too: nobody would start the other node's engine"),
+    ):
+        number: Any = engine.get(name)
+        if whole(number) and number > 1:
+            yield Problem(f"{where}.{name}", number, what, f"delete {name}, or use pipeline_parallel_size")
+    tensor, context = engine.get("tensor_parallel_size", 1), engine.get("decode_context_parallel_size", 1)
+    if whole(tensor) and whole(context) and context > 1 and tensor % context:
+        yield Problem(
+            f"{where}.decode_context_parallel_size",
+            context,
+            f"it divides the GPUs of tensor_parallel_size, which is {tensor}",
+            f"write a divisor of {tensor}, or delete it",
         )
     backend = engine.get("distributed_executor_backend")
     resources = entry.get("resources")
@@ -317,6 +339,27 @@ def _under_serve(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
                 "delete it; keys, addresses and TLS are the gateway's and the Service's",
                 warning=True,
             )
+
+
+def _known_to_ray(path: str, entry: Mapping[str, Any], table: Any, release: Mapping[str, Any]) -> Iterator[Problem]:
+    """Serve LLM takes the accelerators of Ray's list alone."""
+    resources = entry.get("resources")
+    name = str(resources.get("accelerator") or "") if isinstance(resources, Mapping) and resources.get("gpu") else ""
+    own = table.get(name) if isinstance(table, Mapping) else None
+    known = release.get("accelerators", [])
+    ray = (own.get("ray_name") if isinstance(own, Mapping) else None) or ray_name(name)
+    if not name or not known or ray in known:
+        return
+    spelt = {one.lower(): one for one in known} | {gpu.name: f"nvidia-{gpu.name}" for gpu in GPUS}
+    plain = re.sub(r"^(nvidia-)?(te[sz]la-)?", "", name.lower())
+    alike = [spelt[one] for one in difflib.get_close_matches(plain, list(spelt), 2, 0.5)]
+    yield Problem(
+        f"{path}.resources.accelerator",
+        name,
+        f"Ray {release['ray']} knows no accelerator {ray}, and Serve LLM refuses it",
+        (f"did you mean {' or '.join(alike)}? Or " if alike else "")
+        + f"set rayservice_accelerators.{name}.ray_name to a name that Ray knows, such as {', '.join(known[:8])}",
+    )
 
 
 def _on_accelerator(
@@ -344,6 +387,12 @@ def _on_accelerator(
                 f"a KV cache in {cache} needs {least / 10}, and {has}",
                 "write auto, or take a newer GPU",
             )
+    attention = str(engine.get("attention_backend") or "").upper()
+    if found and found < _ATTENTION.get(attention, 0):
+        reason = f"{attention} runs from compute capability {_ATTENTION[attention] / 10} on, and {has}"
+        yield Problem(
+            f"{path}.engine.attention_backend", engine["attention_backend"], reason, "delete it: vLLM chooses"
+        )
     shape = shape_of(entry.get("source"))
     kind = method or (shape.quantization if shape else "")
     least = release.get("quantization_capability", {}).get(kind, 0) if isinstance(kind, str) else 0
@@ -428,6 +477,10 @@ def _lora(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Ite
             "Ray Serve fetches adapters from object storage alone",
             f"write an address that starts with {', '.join(_LORA_SCHEMES)}, such as s3://bucket/adapters",
         )
+    elif isinstance(folder, str) and (
+        wrong := folder.startswith("s3://") and bucket_name_problem(folder.removeprefix("s3://").partition("/")[0])
+    ):
+        yield Problem(f"{where}.dynamic_lora_loading_path", folder, f"its bucket: {wrong[0]}", wrong[1])
     if engine.get("enable_lora") is not True:
         yield Problem(
             where,
@@ -460,6 +513,14 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             f"write {min(max(initial, low), high)}",
         )
     where, target = found.get("target_ongoing_requests", ("", None))
+    if target is None and whole(low) and whole(high) and high > max(low, 1) and "max" in found:
+        yield Problem(
+            f"{path}.replicas.target_ongoing_requests",
+            ABSENT,
+            f"Serve LLM's default is a billion requests a replica, so Serve would never go from {low or 1} to {high}",
+            "write 10, for example: how many requests a replica works on before another is added",
+            warning=True,
+        )
     most: Any = deployment.get("max_ongoing_requests")
     if whole(most) and isinstance(target, int | float) and not isinstance(target, bool) and target > most > 0:
         yield Problem(

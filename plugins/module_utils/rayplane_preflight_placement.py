@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ansible.module_utils.kube_room import quantity, tolerates
+from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 from ansible.module_utils.rayplane_instances import Machine, machine, room
 from ansible.module_utils.rayplane_preflight import Problem
@@ -23,8 +25,11 @@ __all__ = ["placement"]
 WHOLE = "nvidia.com/gpu"
 _SHARED = "nvidia.com/gpu.shared"
 _DEVICE = re.compile(r"nvidia\.com/(gpu|gpu\.shared|mig-[1-7]g\.[0-9]+gb(\.me)?)(\.shared)?")
+_SLICE = re.compile(r"nvidia\.com/mig-(\d)g")
 _GIB = 2.0**30
-_EFFECTS = {"NO_SCHEDULE": "NoSchedule", "NO_EXECUTE": "NoExecute", "PREFER_NO_SCHEDULE": "PreferNoSchedule"}
+_UNITS = {"cpu": "CPUs", "memory": "GiB"}
+#: Labels that Kubernetes, the cloud, Karpenter and NVIDIA's feature discovery put on nodes.
+_OTHERS_LABELS = re.compile(r"(.+\.)?(kubernetes\.io|k8s\.io|k8s\.aws|amazonaws\.com|karpenter\.sh|nvidia\.com)/.*")
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,15 @@ class _Pod:
     what: str
     cpu: float
     memory: float
-    gpus: int
+    #: Whole GPUs, or the part of one that a slice is.
+    gpus: Fraction
     accelerator: str
     selector: Mapping[str, str]
     tolerations: tuple[Mapping[str, Any], ...]
     variables: Mapping[str, tuple[str, Any]]
+    #: How many there are at least and at most.
+    least: int = 1
+    most: int = 1
 
 
 def placement(values: Values) -> Iterator[Problem]:
@@ -70,17 +79,20 @@ def placement(values: Values) -> Iterator[Problem]:
         pods = list(_pods(values))
     except (KeyError, TypeError, AttributeError, ValueError):
         return  # a wrong type, which the argument spec tells
+    if not whole_list or not nodes:
+        return
+    homeless: dict[str, Problem] = {}
     for pod in pods:
         fit = [entry for entry in nodes if _may_take(entry, pod)]
-        if not fit:
-            # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes).
-            if whole_list and nodes and not gpus_named(pod.accelerator):
-                yield _no_nodes(nodes, pod)
-            continue
-        if whole_list:
+        if fit:
             yield from _too_large(fit, pod)
-    if whole_list:
-        yield from _upgrade(values, nodes)
+            yield from _too_large_for_some(fit, pod)
+        # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes).
+        elif not gpus_named(pod.accelerator):
+            problem = _no_nodes(nodes, pod)
+            homeless.setdefault(problem.variable, problem)
+    yield from homeless.values()
+    yield from _capacity(values, nodes, pods)
 
 
 def _devices(values: Values) -> Iterator[Problem]:
@@ -100,7 +112,8 @@ def _devices(values: Values) -> Iterator[Problem]:
             "gpu_plugin_mig_strategy",
             "mixed",
             "no node group bears the label nvidia.com/mig.config, without which GPUs stay whole",
-            "give its labels nvidia.com/mig.config: all-1g.10gb, for example",
+            "give its labels nvidia.com/mig.config: all-1g.5gb, for example, and models that are to run on a slice"
+            " resources.gpu_resource: nvidia.com/mig-1g.5gb",
             warning=True,
         )
     pods = [(f"{path}.resources", entry.get("resources")) for path, entry in entries_of(values, "rayservice_models")]
@@ -135,6 +148,11 @@ def _devices(values: Values) -> Iterator[Problem]:
 def _nodes(values: Values) -> tuple[list[_Nodes], bool]:
     """The node groups with known machines, and whether those are all."""
     found, complete = [], True
+    slicing = values.get("gpu_plugin_time_slicing_replicas")
+    shared: Any = slicing.get(WHOLE, 1) if isinstance(slicing, Mapping) else 1
+    shared = shared if whole(shared) else 1
+    if values.get("gpu_plugin_mig_strategy") == "single":
+        shared *= 7  # slices of the smallest profile
     for _, group in (*entries_of(values, "eks_node_groups"), *entries_of(values, "eks_extra_node_groups")):
         types = group.get("instance_types")
         if not strings(types) or not types:
@@ -146,15 +164,14 @@ def _nodes(values: Values) -> tuple[list[_Nodes], bool]:
             complete = False
             continue
         kind, smallest, gpus = min(known, key=lambda entry: (entry[1].memory, entry[1].vcpus))
-        labels = {str(key): str(value) for key, value in (group.get("labels") or {}).items()}
-        taints = tuple(
-            {**taint, "effect": _EFFECTS.get(str(taint.get("effect")), str(taint.get("effect")))}
-            for taint in group.get("taints") or ()
-        )
-        most = group.get("max_size")
-        found.append(
-            _Nodes(str(group.get("name")), kind, smallest, gpus, most if whole(most) else None, labels, taints)
-        )
+        labels = node_labels(str(group.get("ami_type", "")), types) | {
+            str(key): str(value) for key, value in (group.get("labels") or {}).items()
+        }
+        taints = tuple({"effect": "NoSchedule", **taint} for taint in group.get("taints") or ())
+        # Without an autoscaler the nodes stay as many as they are.
+        most = group.get("desired_size" if values.get("platform_autoscaler") == "none" else "max_size")
+        name = str(group.get("name"))
+        found.append(_Nodes(name, kind, smallest, gpus * shared, most if whole(most) else None, labels, taints))
     return found, complete
 
 
@@ -165,15 +182,20 @@ def _pods(values: Values) -> Iterator[_Pod]:
     }
     head = settings["head"]
     beside = settings["autoscaler"] if settings.get("autoscaling") else {"cpu": 0, "memory": 0}
+    common = settings.get("node_selector") or {}
     yield _Pod(
         "the head, with Ray's autoscaler beside it",
         quantity(head["cpu"]) + quantity(beside.get("cpu", 0)),
         quantity(head["memory"]) + quantity(beside.get("memory", 0)),
-        0,
+        Fraction(0),
         "",
-        {**settings.get("node_selector", {}), **(head.get("node_selector") or {})},
+        {**common, **(head.get("node_selector") or {})},
         (*settings.get("tolerations", ()), *(head.get("tolerations") or ())),
-        {key: (f"rayservice_head.{key}", head[key]) for key in ("cpu", "memory")},
+        {
+            **{key: (f"rayservice_head.{key}", head[key]) for key in ("cpu", "memory")},
+            "node_selector": _selector(common, "rayservice_head", head),
+            **dict.fromkeys(("min", "max"), ("rayservice_head", head)),
+        },
     )
     models = list(entries_of(values, "rayservice_models"))
     given = list(entries_of(values, "rayservice_worker_groups"))
@@ -183,57 +205,75 @@ def _pods(values: Values) -> Iterator[_Pod]:
         tolerations = (*settings.get("tolerations", ()), *(group.get("tolerations") or ()))
         if gpus:
             tolerations += ({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},)
+        mine = [(path, entry) for path, entry in models if serve.worker_group_name(entry) == group["name"]]
+        path = given[index][0] if given else "rayservice_worker_groups"
+        least = int(group.get("min", 1))
         yield _Pod(
             f"a pod of the worker group {group['name']}",
             quantity(group["cpu"]),
             quantity(group["memory"]),
-            # A GPU has several slices: only that there is one can be told from here.
-            gpus if group.get("gpu_resource", WHOLE) == WHOLE else min(gpus, 1),
+            gpus * Fraction(int(part[1]), 7)
+            if (part := _SLICE.match(str(group.get("gpu_resource"))))
+            else Fraction(gpus),
             accelerator,
-            {
-                **settings.get("node_selector", {}),
-                **(known.get("node_selector") or {}),
-                **(group.get("node_selector") or {}),
-            },
+            {**common, **(known.get("node_selector") or {}), **(group.get("node_selector") or {})},
             tolerations,
             {
-                **{key: _origin(key, group, index, given, models) for key in ("cpu", "memory", "gpu")},
-                "accelerator": _origin("accelerator", group, index, given, models),
+                **(
+                    {key: (f"{path}.{key}", group.get(key)) for key in ("cpu", "memory", "gpu", "min", "max")}
+                    if given
+                    else _origins(group, mine, serve)
+                ),
+                "node_selector": _selector(common, path, group)
+                if not known.get("node_selector")
+                else (f"rayservice_accelerators.{accelerator}.node_selector", known["node_selector"]),
             },
+            least,
+            int(group.get("max", max(least, 1))),
         )
 
 
-def _origin(
-    key: str,
-    group: Mapping[str, Any],
-    index: int,
-    given: list[tuple[str, Mapping[str, Any]]],
-    models: list[tuple[str, Mapping[str, Any]]],
-) -> tuple[str, Any]:
-    """The variable that a group's size comes from: the group's own, a model's, or the CPU group's smallest size."""
-    if given:
-        return f"{given[index][0]}.{key}", group.get(key)
-    for path, entry in models:
-        resources = entry.get("resources") or {}
-        at_home = bool(resources.get("gpu")) == bool(group.get("gpu"))
-        if at_home and resources.get(key) == group.get(key) and group.get(key) is not None:
-            return f"{path}.resources.{key}", group[key]
-    return f"rayservice_cpu_group.{key}", group.get(key)
+def _selector(common: Mapping[str, Any], path: str, group: Mapping[str, Any]) -> tuple[str, Any]:
+    own = group.get("node_selector")
+    return (f"{path}.node_selector", own) if own else ("rayservice_node_selector", common)
+
+
+def _origins(
+    group: Mapping[str, Any], models: list[tuple[str, Mapping[str, Any]]], serve: Any
+) -> dict[str, tuple[str, Any]]:
+    """The variables that a derived group's size comes from: its largest models', or the CPU group's smallest size."""
+    found = {key: (f"rayservice_cpu_group.{key}", group.get(key)) for key in ("cpu", "memory", "gpu", "min", "max")}
+    for key in ("cpu", "memory", "gpu"):
+        asking = [(path, entry["resources"][key]) for path, entry in models if key in (entry.get("resources") or {})]
+        if asking:
+            path, value = max(asking, key=lambda one: quantity(one[1]))
+            # Beside models the CPU group has a CPU for Serve's ingress.
+            own = quantity(group[key]) - (1 if (key, group["name"]) == ("cpu", "cpu") else 0)
+            if quantity(value) >= own:
+                found[key] = f"{path}.resources.{key}", value
+    for place, key in enumerate(("min", "max")):
+        if models:
+            path, entry = max(models, key=lambda one: serve.replica_bounds(one[1])[place])
+            found[key] = f"{path}.replicas.{key}", serve.replica_bounds(entry)[place]
+    return found
 
 
 def _may_take(entry: _Nodes, pod: _Pod) -> bool:
     """Whether pods of this kind may run in the node group, whatever their size."""
-    own = {"rayplane.io", "nvidia.com"}
-    if any(
-        entry.labels.get(key) != value
-        for key, value in pod.selector.items()
-        # Kubernetes and the cloud put further labels on a node, which are not known here.
-        if key in entry.labels or key.split("/")[0] in own
+    if not _selected(entry, pod) or not all(
+        tolerates({"tolerations": list(pod.tolerations)}, dict(taint)) for taint in entry.taints
     ):
         return False
-    if not all(tolerates({"tolerations": list(pod.tolerations)}, dict(taint)) for taint in entry.taints):
-        return False
     return not pod.gpus or (entry.gpus >= pod.gpus and _same_gpu(pod.accelerator, entry))
+
+
+def _selected(entry: _Nodes, pod: _Pod) -> bool:
+    """Whether the nodes bear the labels that the pod selects; those that others put on a node are not known here."""
+    return all(
+        entry.labels.get(key) == value
+        for key, value in pod.selector.items()
+        if key in entry.labels or not _OTHERS_LABELS.fullmatch(key)
+    )
 
 
 def _same_gpu(wanted: str, entry: _Nodes) -> bool:
@@ -243,9 +283,21 @@ def _same_gpu(wanted: str, entry: _Nodes) -> bool:
 
 
 def _no_nodes(nodes: list[_Nodes], pod: _Pod) -> Problem:
+    if not any(_selected(entry, pod) for entry in nodes):
+        variable, value = pod.variables["node_selector"]
+        have = "; ".join(
+            f"{entry.name}: {', '.join(f'{key}={said}' for key, said in entry.labels.items()) or 'none'}"
+            for entry in nodes
+        )
+        return Problem(
+            variable,
+            value,
+            f"no node group bears the labels that {pod.what} selects; their labels are {have}",
+            "add them to a node group's labels, or select what a group bears",
+        )
     variable, value = pod.variables.get("gpu" if pod.gpus else "cpu") or next(iter(pod.variables.values()))
     have = ", ".join(f"{entry.name} ({entry.kind}{f', {entry.gpus} GPUs' if entry.gpus else ''})" for entry in nodes)
-    lacks = f"{pod.gpus} GPUs for one pod" if pod.gpus else "the labels that it selects and no taint that it lacks"
+    lacks = f"{pod.gpus} GPUs for one pod" if pod.gpus else "those labels and no taint that the pod does not tolerate"
     return Problem(
         variable,
         value,
@@ -258,75 +310,121 @@ def _too_large(fit: list[_Nodes], pod: _Pod) -> Iterator[Problem]:
     rooms = [(entry, room(entry.machine)) for entry in fit]
     if any(left.cpu >= pod.cpu and left.memory >= pod.memory for _, left in rooms):
         return
-    for key, wanted, unit in (("cpu", pod.cpu, "CPUs"), ("memory", pod.memory, "GiB")):
+    for key, wanted in (("cpu", pod.cpu), ("memory", pod.memory)):
         entry, left = max(rooms, key=lambda pair: getattr(pair[1], key))
         most = getattr(left, key)
         if wanted <= most:
             continue
         scale = _GIB if key == "memory" else 1.0
         total = entry.machine.memory / _GIB if key == "memory" else entry.machine.vcpus
-        fitting = f"{math.floor(most / _GIB)}Gi" if key == "memory" else math.floor(most * 10) / 10
+        fitting = f"{math.floor(most / _GIB)}Gi" if key == "memory" else _floor(most)
         variable, value = pod.variables[key]
         yield Problem(
             variable,
             value,
-            f"{pod.what} asks for {wanted / scale:.4g} {unit}, and the largest node that may take it, {entry.kind} in"
-            f" {entry.name}, has {most / scale:.3g} of its {total:g} left for pods (the kubelet and each node's own"
-            " pods keep the rest)",
+            f"{pod.what} asks for {wanted / scale:.4g} {_UNITS[key]}, and the largest node that may take it,"
+            f" {entry.kind} in {entry.name}, has {most / scale:.3g} of its {total:g} left for pods (the kubelet and"
+            " each node's own pods keep the rest)",
             f"write {fitting} or less, or give the group larger machines",
         )
 
 
-def _upgrade(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
-    """Room for a second cluster beside the first, and for all replicas that the bounds allow."""
-    if values.get("rayservice_worker_groups"):
+def _too_large_for_some(fit: list[_Nodes], pod: _Pod) -> Iterator[Problem]:
+    """A pod that names no GPU, and that only some of the nodes with one have room for."""
+    small = [entry for entry in fit if entry.gpus and not _holds(entry, pod)]
+    if not pod.gpus or pod.accelerator or not small or len(small) == len(fit):
         return
-    strategy = values.get("rayservice_upgrade_strategy")
-    kinds: dict[str, list[tuple[str, int, int, Mapping[str, Any]]]] = {}
-    for path, entry in entries_of(values, "rayservice_models"):
-        resources, replicas = entry.get("resources") or {}, entry.get("replicas") or {}
-        gpus, low = resources.get("gpu", 0), replicas.get("min", 1)
-        high = replicas.get("max", low)
-        if resources.get("gpu_resource", WHOLE) != WHOLE:
-            return
-        if whole(gpus) and gpus and whole(low) and whole(high):
-            kinds.setdefault(str(resources.get("accelerator") or ""), []).append(
-                (path, low * gpus, high * gpus, replicas)
-            )
-    for kind, models in kinds.items():
-        homes = [entry for entry in nodes if entry.gpus and _same_gpu(kind, entry)]
-        if not homes or any(entry.most is None for entry in homes):
+    entry, large = small[0], next(entry for entry in fit if entry not in small)
+    left, total = room(entry.machine), entry.machine
+    short = "cpu" if pod.cpu > left.cpu else "memory"
+    variable, value = pod.variables[short]
+    sizes = (pod.cpu, left.cpu, total.vcpus) if short == "cpu" else (pod.memory, left.memory, total.memory)
+    asked, has, of = (size / (1 if short == "cpu" else _GIB) for size in sizes)
+    gpu = gpu_of_instance(large.kind)
+    yield Problem(
+        variable,
+        value,
+        f"{pod.what} names no GPU and asks for {asked:.4g} {_UNITS[short]}: {entry.kind} in {entry.name} has {has:.3g}"
+        f" of its {of:g} left for pods, so that it runs on {large.kind} in {large.name} alone",
+        f"write {_floor(has)} or less, or name accelerator: nvidia-{gpu.name if gpu else '...'}",
+        warning=True,
+    )
+
+
+def _holds(entry: _Nodes, pod: _Pod) -> int:
+    """How many such pods one node has room for."""
+    left = room(entry.machine)
+    fits = [int(left.cpu / pod.cpu), int(left.memory / pod.memory)]
+    return min([*fits, int(entry.gpus / pod.gpus)] if pod.gpus else fits)
+
+
+def _floor(number: float) -> float:
+    return math.floor(number * 10) / 10
+
+
+def _capacity(values: Values, nodes: list[_Nodes], pods: list[_Pod]) -> Iterator[Problem]:
+    """Room for all pods together that the same nodes may take: the least, the most, and twice the least in an upgrade.
+
+    What is counted is a lower bound, so what is refused can never run: other pods want room, too.
+    """
+    homes = [frozenset(entry.name for entry in nodes if _may_take(entry, pod) and _holds(entry, pod)) for pod in pods]
+    upgrade = values.get("rayservice_upgrade_strategy")
+    told: set[str] = set()
+    for home in dict.fromkeys(homes):
+        at_home = [entry for entry in nodes if entry.name in home]
+        members = [pod for pod, own in zip(pods, homes, strict=True) if own and own <= home]
+        if not at_home or any(entry.most is None for entry in at_home):
             continue
-        most = sum(entry.gpus * int(entry.most or 0) for entry in homes)
-        per_node = max(entry.gpus for entry in homes)
-        reach = f"the node groups reach {most}: " + ", ".join(
-            f"{entry.name} ({entry.most} x {entry.gpus})" for entry in homes
+        for kind, what, wanted in (
+            ("min", "the pods that are always there", [(pod, pod.least) for pod in members]),
+            ("max", "all replicas that the bounds allow", [(pod, pod.most) for pod in members]),
+            (
+                "",
+                "an upgrade starts a second cluster beside the first, and both",
+                [(pod, 2 * pod.least) for pod in members],
+            ),
+        ):
+            problem = _short(what, wanted, at_home) if kind or upgrade != "None" else None
+            if problem is None:
+                continue
+            reason, cure = problem
+            largest, _ = max(wanted, key=lambda one: one[1])
+            variable, value = largest.variables[kind] if kind else ("rayservice_upgrade_strategy", upgrade)
+            if kind:
+                cure += f", or lower {kind}"
+            else:
+                reason += "; the second would never be ready"
+                cure += ", or write None and delete the RayService before a change of its cluster"
+            if variable not in told:
+                yield Problem(variable, value, reason, cure, warning=kind != "min")
+            told.add(variable)
+            if kind == "min":
+                break
+
+
+def _short(what: str, wanted: list[tuple[_Pod, int]], homes: list[_Nodes]) -> tuple[str, str] | None:
+    """Why the nodes at their most have no room for so many pods, and what to do; None where they have."""
+
+    def told(named: str, need: float, of_node: Callable[[_Nodes], float]) -> tuple[str, str] | None:
+        have = sum(of_node(entry) * (entry.most or 0) for entry in homes)
+        if need <= have:
+            return None
+        more = math.ceil((need - have) / max(of_node(entry) for entry in homes))
+        reach = ", ".join(f"{entry.name} ({entry.most} x {of_node(entry):g})" for entry in homes if of_node(entry))
+        return (
+            f"{what} want {need:.4g} {named}, and the node groups reach {have:.4g}: {reach}",
+            f"raise max_size of a node group by {more}",
         )
-        running, wanted = sum(entry[1] for entry in models), sum(entry[2] for entry in models)
-        path, _, _, replicas = max(models, key=lambda entry: entry[2])
-        if running > most:
-            yield Problem(
-                f"{path}.replicas.min",
-                replicas.get("min", 1),
-                f"the least replicas of the models want {running} GPUs, and {reach}",
-                f"raise max_size of a node group by {-(-(running - most) // per_node)}, or lower min",
-            )
-            continue
-        if wanted > most:
-            yield Problem(
-                f"{path}.replicas.max",
-                replicas.get("max"),
-                f"all replicas that the models' bounds allow want {wanted} GPUs, and {reach}",
-                f"raise max_size of a node group by {-(-(wanted - most) // per_node)}, or lower max",
-                warning=True,
-            )
-        if strategy != "None" and 2 * running > most:
-            yield Problem(
-                "rayservice_upgrade_strategy",
-                strategy,
-                f"an upgrade starts a second cluster beside the first, which takes {2 * running} GPUs at least, and"
-                f" {reach}; it would never be ready",
-                f"raise max_size by {-(-(2 * running - most) // per_node)}, or write None and delete the RayService"
-                " before a change of its cluster",
-                warning=True,
-            )
+
+    gpus, cpus, gib = (
+        float(sum(getattr(pod, key) * count for pod, count in wanted)) for key in ("gpus", "cpu", "memory")
+    )
+    return (
+        told("GPUs", gpus, lambda entry: entry.gpus)
+        or told("CPUs", cpus, lambda entry: _floor(room(entry.machine).cpu))
+        or told("GiB", gib / _GIB, lambda entry: _floor(room(entry.machine).memory / _GIB))
+        or next(
+            filter(None, (told(f"times room for {pod.what}", count, lambda entry, pod=pod: _holds(entry, pod))  # type: ignore[misc]
+                          for pod, count in wanted)), None
+        )
+    )  # fmt: skip

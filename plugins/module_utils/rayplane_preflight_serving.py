@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ansible.module_utils.rayplane_gpus import ray_name
 from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_values import (
@@ -191,6 +192,7 @@ def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "max_loras",
         "block_size",
     ):
         value: Any = engine.get(name)
@@ -341,6 +343,18 @@ def rayservice(values: Values) -> Iterator[Problem]:
             "KubeRay moves traffic step by step only between clusters that its autoscaler resizes",
             "set rayservice_autoscaling to true, or rayservice_upgrade_strategy to NewCluster",
         )
+    ingress = values.get("rayservice_ingress")
+    if isinstance(ingress, Mapping):
+        yield from bounds("rayservice_ingress", ingress.get("min"), ingress.get("max"))
+        target: Any = ingress.get("target_ongoing_requests")
+        most: Any = ingress.get("max_ongoing_requests")
+        if whole(target) and whole(most) and target > most > 0:
+            yield Problem(
+                "rayservice_ingress.target_ongoing_requests",
+                target,
+                f"a replica never has more than max_ongoing_requests, {most}: Serve would never add one",
+                f"write {max(1, most * 3 // 4)}, for example, or raise max_ongoing_requests",
+            )
     port: Any = values.get("rayservice_node_port")
     if whole(port) and port != 0 and not 30000 <= port <= 32767:
         yield Problem(
@@ -376,7 +390,7 @@ def worker_groups(values: Values) -> Iterator[Problem]:
         yield from _sizes(path, group)
         name = group.get("name")
         yield from taken_name(path, name, seen)
-        offered.add(str(group.get("accelerator") or ""))
+        offered |= {str(group.get("accelerator") or ""), ray_name(str(group.get("accelerator") or "")).lower()}
         extra = group.get("ray_resources")
         offered.update(
             str(key).removeprefix("accelerator_type:").lower() for key in (extra if isinstance(extra, Mapping) else ())
@@ -384,11 +398,7 @@ def worker_groups(values: Values) -> Iterator[Problem]:
     for path, entry in entries_of(values, "rayservice_models"):
         resources = entry.get("resources")
         accelerator = resources.get("accelerator") if isinstance(resources, Mapping) else None
-        if (
-            isinstance(accelerator, str)
-            and accelerator
-            and not {accelerator, accelerator.removeprefix("nvidia-").lower()} & offered
-        ):
+        if isinstance(accelerator, str) and accelerator and not {accelerator, ray_name(accelerator).lower()} & offered:
             yield Problem(
                 f"{path}.resources.accelerator",
                 accelerator,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -189,7 +190,7 @@ def from_text(text: str, kind: str) -> str:
     if kind == "bool" and word.lower() in ("false", "no", "off", "0", "n", "f"):
         return "false"
     try:
-        return str(int(word)) if kind == "int" else str(float(word)) if kind == "float" else ""
+        return str(int(word)) if kind == "int" else word if kind == "float" and float(word) >= 0 else ""
     except ValueError:
         return ""
 
@@ -204,6 +205,8 @@ def name_of(value: Any) -> str:
         return "a number"
     if isinstance(value, Mapping):
         return "a mapping"
+    if isinstance(value, datetime.date):
+        return "a date"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 

@@ -7,6 +7,7 @@ Kubernetes refuses anything else there, and Python would write YAML's ``true`` a
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +40,12 @@ def texts(values: Values) -> Iterator[Problem]:
             given = {key: inner for key, inner in value.items() if _own(tags, key) != inner}
         if name == "rayservice_models" or value != models:
             yield from _walk(name, name, given, name.startswith("secrets_"))
+    for path, pool in entries_of(values, "autoscaler_node_pools"):
+        for where, requirement in entries_of({path: pool.get("requirements")}, path):
+            said: Any = requirement.get("values")
+            for index, value in enumerate(said if isinstance(said, list | tuple) else ()):
+                if not _is_text(value):
+                    yield _problem(f"{where.replace(path, f'{path}.requirements')}.values[{index}]", value)
     for path, entry in entries_of(values, "rayservice_models"):
         for key in _MODEL_TEXTS:
             if entry.get(key) is not None and not isinstance(entry[key], str):
@@ -89,9 +96,9 @@ def _problem(path: str, value: Any, variable: str = "") -> Problem:
         word = str(value).lower()
         reason = f"YAML reads {'yes and on' if value else 'no and off'} as {word}, too, and it must be text"
         return Problem(path, value, reason, f'put it in quotes, as you mean it: "{word}"')
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | datetime.date):
         cure = "put it in quotes" if is_secret(path) else f'put it in quotes: "{value}"'
-        return Problem(path, value, "YAML reads it as a number, and it must be text", cure)
+        return Problem(path, value, f"YAML reads it as {name_of(value)}, and it must be text", cure)
     return Problem(path, value, f"it is {name_of(value)}, and it must be text", 'write it as one text, "..."')
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 RAY = "2.60.0"
+SCALES = {"min": 1, "max": 4, "target_ongoing_requests": 10}
 
 
 def found(ray: str = RAY, **model: Any) -> dict[str, Problem]:
@@ -21,6 +22,23 @@ def found(ray: str = RAY, **model: Any) -> dict[str, Problem]:
     problems = list(engines({"rayservice_ray_version": ray, "models_ignore": ["*.bin"], "rayservice_models": [entry]}))
     assert len({problem.variable for problem in problems}) == len(problems), "told twice"
     return {problem.variable.removeprefix("rayservice_models[0]."): problem for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "told"),
+    [
+        ("nvidia-tesla-t4", {}, ""), ("Tesla-T4", {}, ""), ("NVIDIA-H100-80GB-HBM3", {}, ""), ("nvidia-a10", {}, ""),
+        ("AMD-Instinct-MI300X-OAM", {}, ""), ("nvidia-rtx-pro-6000", {}, ""), ("me", {"me": {"ray_name": "L4"}}, ""),
+        ("nvidia-t5", {}, "did you mean nvidia-t4?"), ("nvidia-tezla-t4", {}, "did you mean nvidia-t4"),
+        ("g4dn.xlarge", {}, "such as V100"), ("tpu-v6e", {}, "did you mean TPU-V6E"),
+    ],
+)  # fmt: skip
+def test_ray_knows_the_accelerator(name: str, table: dict[str, Any], told: str) -> None:
+    entry = {"id": "m", "source": "a/b", "resources": gpu(name)}
+    problems = list(
+        engines({"rayservice_ray_version": RAY, "rayservice_models": [entry], "rayservice_accelerators": table})
+    )
+    assert [told in problem.cure for problem in problems] == ([True] if told else [])
 
 
 def gpu(name: str, number: int = 1) -> dict[str, Any]:
@@ -39,7 +57,13 @@ def gpu(name: str, number: int = 1) -> dict[str, Any]:
         ({"max_model_len": "8192"}, "max_model_len", "a whole number here, and it is text", "write 8192 without"),
         ({"max_model_len": "16k"}, "max_model_len", "and it is text", "write 16000 without"),
         ({"max_model_len": "16K"}, "max_model_len", "and it is text", "write 16384 without"),
-        ({"max_model_len": 8192.5}, "max_model_len", "a whole number", "write 3"),
+        ({"max_model_len": 8192.5}, "max_model_len", "a whole number", "write 8192"),
+        ({"max_model_len": "auto"}, "max_model_len", "and it is text", "or delete it"),
+        ({"cpu_offload_gb": "4"}, "cpu_offload_gb", "and it is text", "write 4 without"),
+        ({"nnodes": 2}, "nnodes", "nobody would start", "pipeline_parallel_size"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size", "placement group", "delete"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size", "which is 1", "divisor of 1"),
+        ({"data_parallel_size_local": 2}, "data_parallel_size_local", "placement group", "delete"),
         ({"enforce_eager": "yes"}, "enforce_eager", "true or false here, and it is text", "write true without"),
         ({"enforce_eager": 1}, "enforce_eager", "it is a number", "write true"),
         ({"tokenizer_revision": 20240918}, "tokenizer_revision", "text here, and it is a number", '"20240918"'),
@@ -58,7 +82,7 @@ def gpu(name: str, number: int = 1) -> dict[str, Any]:
         ),
         ({"kv_transfer_config": {"kv_role": "both"}}, "kv_transfer_config.kv_role", "none of the", "kv_both"),
         ({"disable_log_stats": True}, "disable_log_stats", "refuses to start", "delete it"),
-        ({"data_parallel_size": 2}, "data_parallel_size", "other 1 ranks", "replicas to 2"),
+        ({"data_parallel_size": 2}, "data_parallel_size", "other 1 ranks", "replicas.min to 2"),
         ({"enable_auto_tool_choice": True}, "enable_auto_tool_choice", "without tool_call_parser", "hermes"),
         ({"max_num_seqs": 512, "max_num_batched_tokens": 256}, "max_num_batched_tokens", "which is 512", "512 or more"),
         ({"load_format": "pt"}, "load_format", "models_ignore (*.bin)", "safetensors"),
@@ -153,17 +177,27 @@ def test_an_argument_without_effect_warns(engine: dict[str, Any], key: str) -> N
         ({"deployment": {"max_ongoing_requests": 0}}, "deployment.max_ongoing_requests", "above 0"),
         ({"deployment": {"num_replicas": "auto", "ray_actor_options": {"num_cpus": 0.5}}}, "", ""),
         ({"placement": {"bundles": [{"GPU": 1}], "strategy": "PACKED"}}, "placement.strategy", "none of the values"),
-        ({"replicas": {"min": 1, "max": 4, "initial": 8}}, "replicas.initial", "1 to 4"),
-        ({"replicas": {"min": 2, "max": 4, "initial": 3}}, "", ""),
+        ({"replicas": {**SCALES, "initial": 8}}, "replicas.initial", "1 to 4"),
+        ({"replicas": {**SCALES, "min": 2, "initial": 3}}, "", ""),
+        ({"replicas": {"min": 1, "max": 4}}, "replicas.target_ongoing_requests", "never go from 1 to 4"),
+        ({"replicas": {"min": 2, "max": 2}}, "", ""),
+        ({"engine": {"attention_backend": "flash_attn"}, "resources": gpu("T4")}, "engine.attention_backend", "from"),
+        ({"engine": {"attention_backend": "FLASH_ATTN"}, "resources": gpu("L4")}, "", ""),
+        ({"source": "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"}, "source", "says bnb"),
+        (
+            {"engine": {"enable_lora": True}, "lora": {"dynamic_lora_loading_path": "s3://My_Bucket/a"}},
+            "lora.dynamic_lora_loading_path",
+            "its bucket",
+        ),
         (
             {"replicas": {"max": 4, "target_ongoing_requests": 32}, "deployment": {"max_ongoing_requests": 16}},
             "replicas.target_ongoing_requests",
             "never add one",
         ),
         (
-            {"deployment": {"autoscaling_config": {"max_replicas": 2, "initial_replicas": 3}}},
+            {"deployment": {"autoscaling_config": {"max_replicas": 1, "initial_replicas": 3}}},
             "deployment.autoscaling_config.initial_replicas",
-            "1 to 2",
+            "1 to 1",
         ),
         (
             {

@@ -265,3 +265,70 @@ def test_gpus_are_in_the_order_of_their_memory() -> None:
 def test_the_document_shows_the_sum_of_our_own_inventories() -> None:
     document = (PROJECT / "docs/memory.md").read_text(encoding="utf-8")
     assert memory_table.table() in document, "run python tools/memory_table.py"
+
+
+A100 = {"name": "a100", "instance_types": ["p4d.24xlarge"], "max_size": 2, "ami_type": "AL2023_x86_64_NVIDIA"}
+SLICED = {**A100, "labels": {"nvidia.com/mig.config": "all-1g.5gb"}}
+BOTH_SIZES = [A100, {**A100, "name": "large", "instance_types": ["p4de.24xlarge"]}]
+
+
+@pytest.mark.parametrize(
+    ("source", "device", "groups", "settings", "fits"),
+    [
+        (LLAMA, "nvidia.com/mig-1g.5gb", [SLICED], {"gpu_plugin_mig_strategy": "mixed"}, False),
+        (QWEN, "nvidia.com/mig-1g.5gb", [SLICED], {"gpu_plugin_mig_strategy": "mixed"}, True),
+        (LLAMA, "nvidia.com/mig-3g.20gb", [SLICED], {"gpu_plugin_mig_strategy": "mixed"}, True),
+        (LLAMA, "nvidia.com/gpu", [SLICED], {"gpu_plugin_mig_strategy": "single"}, False),
+        (LLAMA, "nvidia.com/gpu", [A100], {"gpu_plugin_mig_strategy": "mixed"}, True),
+        ("Qwen/Qwen2.5-32B-Instruct", "nvidia.com/gpu", BOTH_SIZES, {}, False),
+    ],
+)
+def test_slices_and_sizes_of_a_gpu_have_their_own_memory(
+    source: str, device: str, groups: list[dict[str, Any]], settings: dict[str, Any], fits: bool
+) -> None:
+    entry = model(source, "A100-80G" if groups is BOTH_SIZES else "nvidia-a100", max_model_len=2048, max_num_seqs=16)
+    entry["resources"]["gpu_resource"] = device
+    problems = gpu_memory(values(entry, eks_node_groups=groups, **settings))
+    assert all(problem.warning for problem in problems) == fits
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("NousResearch/Hermes-3-Llama-3.1-8B", "15.0 weights (8.03 billion"),
+        ("s3://bucket/models/Llama-3.1-8B-Instruct", "15.0 weights"),
+        ("codellama/CodeLlama-13b-Instruct-hf", "21.8 weights"),
+        ("acme/secret-70b-AWQ", "30.5 weights"),
+        ("acme/mixture-8x7B", "83.4 weights"),
+        ("acme/secret-7b-awq", ""),
+        ("acme/secret-70b-lora", ""),
+        ("acme/secret-70b-3bit", ""),
+        ("acme/secret-40B-A3B-GPTQ", "17.4 weights"),
+        ("acme/e4b-3b", ""),
+    ],
+)
+def test_what_a_name_says_is_worth_a_warning(source: str, told: str) -> None:
+    problems = list(gpu_memory(values(model(source, "nvidia-t4", max_model_len=2048))))
+    assert [problem.warning and told in problem.reason for problem in problems] == ([True] if told else [])
+
+
+def test_shared_gpus_have_their_memory_once() -> None:
+    shared = {"gpu_plugin_time_slicing_replicas": {"nvidia.com/gpu": 4}}
+    (problem,) = gpu_memory(values(model(QWEN, "nvidia-t4", max_model_len=2048), **shared))
+    assert "0.92 x 4 = 3.68" in problem.reason
+    assert problem.cure == "write 0.25 or less"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "changes", "told"),
+    [
+        ("A100-80G", {"eks_node_groups": [A100]}, "add a node group of p4de"),
+        ("A100-80G", {"eks_node_groups": BOTH_SIZES}, "which other GPUs bear as well (a100)"),
+        ("A100-80G", {"eks_node_groups": [A100], "rayservice_gpu_node_label": ""}, "no node group has this GPU ("),
+        ("h100", {"rayservice_worker_groups": [{"name": "g", "gpu": 1, "accelerator": "h100"}]}, "gpu-l4: L4"),
+        ("t4", {"rayservice_worker_groups": [{"name": "g", "gpu": 1, "accelerator": "T4"}]}, ""),
+    ],
+)
+def test_the_gpu_is_there_whatever_selects_it(accelerator: str, changes: dict[str, Any], told: str) -> None:
+    problems = list(gpu_nodes(values(model(QWEN, accelerator), **changes)))
+    assert [told in problem.reason + problem.cure for problem in problems] == ([True] if told else [])

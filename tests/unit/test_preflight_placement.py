@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "platform_autoscaler": "cluster_autoscaler",
     "rayservice_gpu_node_label": "",
 }
-TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NO_SCHEDULE"}
+TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
 
 
 def group(name: str, kind: str, most: int = 4, **more: Any) -> dict[str, Any]:
@@ -116,9 +116,62 @@ def test_bounds_and_upgrades_have_to_fit_beside_each_other() -> None:
     assert (
         "want 20 GPUs, and the node groups reach 1: gpu (1 x 1)" in problems["rayservice_models[0].replicas.max"].reason
     )
-    assert problems["rayservice_upgrade_strategy"].cure.startswith("raise max_size by 1")
+    assert problems["rayservice_upgrade_strategy"].cure.startswith("raise max_size of a node group by 1")
     assert found(model(), groups=nodes, rayservice_upgrade_strategy="None") == {}
     assert not found(model(low=2, high=2), groups=nodes)["rayservice_models[0].replicas.min"].warning
+
+
+CPU, T4, L4 = group("cpu", "m5.2xlarge"), group("gpu", "g4dn.xlarge", most=2), group("l4", "g6.12xlarge", most=1)
+SCALED = {"deployment": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 20}}}
+OWN = {"name": "own", "gpu": 1, "cpu": 2, "memory": "8Gi", "min": 3, "max": 3}
+TWO_SPELLINGS = (model(low=2, high=2, accelerator="T4"), {**model(accelerator="nvidia-tesla-t4"), "id": "n"})
+
+
+@pytest.mark.parametrize(
+    ("models", "values", "variable", "reason"),
+    [
+        ((model(cpu=5, gpu=0, low=9, high=9),), {}, "replicas.min", "want 61.2 CPUs"),
+        ((model(cpu=5, gpu=0, low=2, high=30),), {}, "replicas.max", "reach 30.4: cpu (4 x 7.6)"),
+        ((model(cpu=8, gpu=0),), {}, "resources.cpu", "asks for 9 CPUs"),
+        (TWO_SPELLINGS, {}, "replicas.min", "want 3 GPUs, and the node groups reach 2: gpu (2 x 1)"),
+        (({**model(), **SCALED},), {"eks_node_groups": [CPU, T4]}, "replicas.min", "want 3 GPUs"),
+        (({**model(), "deployment": {"num_replicas": 3}},), {"eks_node_groups": [CPU, T4]}, "replicas.min", "3 GPUs"),
+        (({**model(), "engine": {"pipeline_parallel_size": 3}},), {"eks_node_groups": [CPU, T4]}, "replicas.min", "3"),
+        ((), {"rayservice_worker_groups": [OWN], "eks_node_groups": [CPU, T4]}, "groups[0].min", "want 3 GPUs"),
+        ((model(cpu=30, accelerator="L4", low=2),), {"eks_node_groups": [CPU, L4]}, "replicas.min", "want 60 CPUs"),
+        ((model(cpu=18, accelerator="L4", low=5),), {"eks_node_groups": [CPU, {**L4, "max_size": 2}]},
+         "replicas.min", "l4 (2 x 2)"),
+        ((model(low=2),), {"platform_autoscaler": "none", "eks_node_groups": [CPU, {**T4, "desired_size": 1}]},
+         "replicas.min", "reach 1"),
+        ((model(cpu=4),), {}, "resources.cpu", "it runs on g6.12xlarge in l4 alone"),
+        ((model(),), {"rayservice_node_selector": {"team": "a"}}, "node_selector", "cpu: rayplane.io/pool=cpu"),
+    ],
+)  # fmt: skip
+def test_pods_that_no_nodes_have_room_for_are_told(
+    models: tuple[dict[str, Any], ...], values: dict[str, Any], variable: str, reason: str
+) -> None:
+    problems = found(*models, groups=[CPU, T4, L4], **values)
+    said = [one.reason for name, one in problems.items() if name.endswith(variable)]
+    assert said, problems
+    assert reason in said[0]
+
+
+@pytest.mark.parametrize(
+    ("models", "values"),
+    [
+        ((model(low=4),), {"gpu_plugin_time_slicing_replicas": {"nvidia.com/gpu": 4}}),
+        ((model(low=4),), {"gpu_plugin_mig_strategy": "single"}),
+        ((model(low=28, high=28, gpu_resource="nvidia.com/mig-1g.5gb", cpu=1),), {"gpu_plugin_mig_strategy": "mixed"}),
+        ((model(),), {"rayservice_node_selector": {"kubernetes.io/os": "linux"}}),
+        ((model(accelerator="T4"),), {"rayservice_accelerators": {"T4": {"node_selector": {"nvidia.com/gpu.x": "1"}}}}),
+    ],
+)  # fmt: skip
+def test_pods_that_nodes_have_room_for_are_let_through(
+    models: tuple[dict[str, Any], ...], values: dict[str, Any]
+) -> None:
+    machine_of = "p4d.24xlarge" if values.get("gpu_plugin_mig_strategy") == "mixed" else "g4dn.xlarge"
+    problems = found(*models, groups=[CPU, group("gpu", machine_of)], **values)
+    assert [one for one in problems.values() if not one.warning and "gpu_resource" not in one.variable] == []
 
 
 @pytest.mark.parametrize(

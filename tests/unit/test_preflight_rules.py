@@ -238,6 +238,13 @@ def test_no_values_at_all_lack_only_the_platform() -> None:
             "from 2.52 on, rayservice_ray_version is 2.51.0",
             "disabled",
         ),
+        ({"rayservice_ingress": {"min": 3, "max": 1}}, "rayservice_ingress.max", "below min, which is 3", "write 3"),
+        (
+            {"rayservice_ingress": {"target_ongoing_requests": 50, "max_ongoing_requests": 20}},
+            "rayservice_ingress.target_ongoing_requests",
+            "never has more",
+            "write 15",
+        ),
         ({"rayservice_node_port": 8000}, "rayservice_node_port", "30000 to 32767", "30080"),
         ({"rayservice_head": {"memory": "16GB"}}, "rayservice_head.memory", "no Kubernetes quantity", "write 16Gi"),
     ],

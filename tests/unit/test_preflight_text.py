@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
@@ -38,6 +39,12 @@ def found(**values: Any) -> dict[str, Problem]:
         ("rayservice_models", [{"env": {"VLLM_USE_V2_MODEL_RUNNER": True}}], "[0].env.VLLM_USE_V2_MODEL_RUNNER"),
         ("rayservice_models", [{"revision": 20240918}], "[0].revision"),
         ("rayservice_models", [{"license": 2.0}], "[0].license"),
+        ("rayservice_models", [{"revision": datetime.date(2024, 9, 18)}], "[0].revision"),
+        (
+            "autoscaler_node_pools",
+            [{"requirements": [{"key": "spot", "values": [True]}]}],
+            "[0].requirements[0].values[0]",
+        ),
         ("namespaces_list", [{"name": "a", "annotations": {"x": True}}], "[0].annotations.x"),
         ("autoscaler_karpenter_values", {"podAnnotations": {"x": True}}, ".podAnnotations.x"),
         ("secrets_extra", [{"name": "a", "data": {"DEBUG": True}}], "[0].data.DEBUG"),
