@@ -90,6 +90,7 @@ class Account:
             "secrets_hugging_face_token": f"hf_{'a' * 34}",
             # Preflight looks for the tools of all stages; those of Kubernetes do not run here.
             "autoscaler_helm": sys.executable,
+            "load_balancer_controller_helm": sys.executable,
             "kuberay_kubectl": sys.executable,
             "verify_kubectl": sys.executable,
             "kuberay_kustomize_source": str(Path(__file__).parent),

@@ -37,7 +37,7 @@ class Case:
     @property
     def host(self) -> str:
         """Its host, which is its cluster, too."""
-        return f"{self.role}-{self.name}"
+        return f"rp-{self.role}-{self.name}"
 
 
 def _error(service: str, operation: str, code: str, status: int = 400, **more: Any) -> Rule:
@@ -250,7 +250,7 @@ def test_a_fault_is_survived_or_explained(case: Case, runs: Runs) -> None:
     assert second.failure(case.host) == ""
     assert second.actions(case.host) == []
     assert second.changed(case.host) == 0
-    plain = next(one for one in CASES if one.host == f"{case.role}-plain")
+    plain = next(one for one in CASES if one.host == f"rp-{case.role}-plain")
     assert case.account.counts() == plain.account.counts()
 
 

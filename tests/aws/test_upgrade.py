@@ -20,17 +20,18 @@ def _versions(account: Account) -> set[str]:
     """The Kubernetes versions of the control plane and the node groups."""
     eks = account.client("eks")
     groups = eks.list_nodegroups(clusterName=NAME)["nodegroups"]
-    assert len(groups) == 2, groups
+    assert len(groups) == 3, groups
     nodes = {eks.describe_nodegroup(clusterName=NAME, nodegroupName=one)["nodegroup"]["version"] for one in groups}
     return {eks.describe_cluster(name=NAME)["cluster"]["version"], *nodes}
 
 
 def test_a_cluster_follows_the_default(account: Account, playbook: Playbook) -> None:
+    subnets = [one["SubnetId"] for one in account.ec2.describe_subnets()["Subnets"]][:2]
     variables = {
         **account.environment,
         "platform_cluster_name": NAME,
         "encryption_enabled": False,
-        "eks_subnet_ids": ["subnet-1", "subnet-2"],
+        "eks_subnet_ids": subnets,
         "eks_addons": [{"name": "coredns"}],
     }
     playbook(*EKS, variables={**variables, "eks_kubernetes_version": OLD}).succeeded(HOST)
@@ -46,7 +47,7 @@ def test_a_cluster_follows_the_default(account: Account, playbook: Playbook) -> 
         *(f"update cluster {NAME}: {step}" for step in path),
         f"update add-on coredns: version: v{OLD}.0-eksbuild.1 -> v{NEW}.0-eksbuild.1",
         f"update add-on coredns: tag rayplane.io/kubernetes-version: {OLD} -> {NEW}",
-        *(f"update node group {group}: version: {OLD} -> {NEW}" for group in ("cpu", "gpu")),
+        *(f"update node group {group}: version: {OLD} -> {NEW}" for group in ("cpu", "gpu", "gpu-l4")),
     ]
     assert _versions(account) == {NEW}
     again = playbook(*EKS, variables=variables).succeeded(HOST)
