@@ -34,6 +34,7 @@ def ec2_calls(ec2: Any) -> None:
         getattr(ec2, f"revoke_security_group_{direction}")(GroupId=group, IpPermissions=[rule])
     ec2.describe_security_groups(GroupIds=[group])
     ec2.describe_security_group_rules()
+    ec2.describe_instance_type_offerings(LocationType="availability-zone-id")
     ec2.create_flow_logs(
         ResourceIds=[vpc],
         ResourceType="VPC",
@@ -221,7 +222,8 @@ def test_answers_have_the_form_of_the_service_models(account: Account) -> None:
     release = "/aws/service/eks/optimized-ami/1.36/amazon-linux-2023/arm64/nvidia/recommended/release_version"
     assert account.client("ssm").get_parameters(Names=[release])["Parameters"][0]["Value"] == "1.36.0-20261101"
     for service, operations in control(account, "operations").items():
-        assert not set(operations) - seen[service].operations, "patched, and not called here"
+        missing = set(operations) - seen[service].operations
+        assert not missing, f"patched, and not called here: {missing}"
     faults = [fault for one in seen.values() for fault in one.faults]
     # What MiniStack itself adds there reads nobody.
     faults = [fault for fault in faults if not fault.startswith("CreateVpc.vpc.")]

@@ -189,6 +189,7 @@ def runs(
         hosts[case.host] = {
             **case.account.environment,
             "platform_cluster_name": case.host,
+            "eks_subnet_ids": [one["SubnetId"] for one in case.account.ec2.describe_subnets()["Subnets"]][:2],
             "case_role": case.role,
             "case_environment": case.environment,
         }
@@ -206,7 +207,6 @@ def runs(
                 "ansible_python_interpreter": "{{ ansible_playbook_python }}",
                 "network_availability_zones": ["us-west-2a", "us-west-2b"],
                 "network_interface_endpoints": ["sts"],
-                "eks_subnet_ids": ["subnet-1", "subnet-2"],
                 "eks_addons": [{"name": "coredns"}],
                 "network_vpc_id": "vpc-1",
             },
