@@ -160,7 +160,7 @@ CASES = [
         "eks",
         "quota",
         [_error("eks", "CreateCluster", "ResourceLimitExceededException")],
-        "eks:CreateCluster failed for cluster eks-quota: ResourceLimitExceededException.*Service Quotas",
+        "eks:CreateCluster failed for cluster rp-eks-quota: ResourceLimitExceededException.*Service Quotas",
     ),
 ]
 
