@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,11 @@ def test_an_interrupted_deployment_is_continued(
         # As a terminal and as the kernel do it: Ansible's own processes for tasks get no signal by this.
         if process.poll() is None:
             os.killpg(process.pid, number)
+        # One that is interrupted while it hands its result over keeps Ansible waiting for good: Ctrl-C once more.
+        again = threading.Timer(60, os.killpg, (process.pid, number))
+        again.start()
         run = finish(process)
+        again.cancel()
         wait_until_ended(tmp_path)
         proxy.rules.remove(rule)
         assert cut.number in proxy.silent, f"{service}:{operation} was never called: {run.text[-3000:]}"

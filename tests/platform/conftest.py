@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def _run(*command: str, env: dict[str, str] | None = None, timeout: float = 2400, interrupt_at: str = "") -> Run:
-        """`interrupt_at`: press Ctrl-C when a line of the output contains this text."""
+        """`interrupt_at`: press Ctrl-C when a line of the output contains this text, and again if that does not do."""
         start = time.monotonic()
         lines: list[str] = []
         with capture.global_and_fixture_disabled():
@@ -134,6 +135,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 start_new_session=True,
             )
             assert process.stdout is not None
+            # A task's process that is interrupted while it hands its result over keeps Ansible waiting for good.
+            again = threading.Timer(60, os.killpg, (process.pid, signal.SIGINT))
             try:
                 with process.stdout as output:
                     for line in output:
@@ -143,11 +146,13 @@ def run(request: pytest.FixtureRequest) -> Runner:
                         if interrupt_at and interrupt_at in line:
                             time.sleep(0.5)  # inside the step that the line announces
                             os.killpg(process.pid, signal.SIGINT)
+                            again.start()
                             interrupt_at = ""
                         if time.monotonic() - start > timeout:
                             os.killpg(process.pid, signal.SIGKILL)
                 returncode = process.wait()
             finally:
+                again.cancel()
                 if process.poll() is None:  # the tests were interrupted
                     os.killpg(process.pid, signal.SIGINT)
                     process.wait(30)
