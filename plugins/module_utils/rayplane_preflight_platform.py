@@ -354,8 +354,9 @@ def node_groups(values: Values) -> Iterator[Problem]:
         for kind in types if strings(types) else ():
             gpus = gpus_of_instance(kind)
             most = None if gpus is None or most is None else max(most, gpus)
-    # Where the kubeconfig is given, the nodes are another cluster's.
-    if most is not None and values.get("kubeconfig_source") != "given":
+    # Where the kubeconfig is given, the nodes are another cluster's; Karpenter starts machines by the pods.
+    others = values.get("kubeconfig_source") == "given" or values.get("platform_autoscaler") == "karpenter"
+    if most is not None and not others:
         yield from _gpus_fit(values, most)
 
 
