@@ -389,7 +389,8 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
                 f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
             )
         return
-    if (found["cluster"].get("accessConfig") or {}).get("authenticationMode") == "CONFIG_MAP":
+    # Its ConfigMap, which nobody can ask AWS for, may admit the caller, too.
+    if (found["cluster"].get("accessConfig") or {}).get("authenticationMode", "API") != "API":
         return
     entries = asking.ask("eks", "list_access_entries", clusterName=cluster)
     if entries is not None and not {arn, _role(arn)} & {_bare(one) for one in entries.get("accessEntries", ())}:
