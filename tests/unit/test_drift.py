@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,17 @@ def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> 
             lacking |= {(role, part): set(tags) - key_tags - {"always"}}
     assert lacking.keys() >= {("network", "main"), ("storage_class", "main"), ("autoscaler", "main")}
     assert {stage: tags for stage, tags in lacking.items() if tags} == {}
+
+
+def test_every_tag_that_chooses_the_images_has_them_made() -> None:
+    """The role looks at the tags itself, so that one stage's tag builds no image of another."""
+    (play,) = [one for one in yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text(encoding="utf-8"))
+               if {"images"} == {role["role"] for role in one.get("roles", [])}]  # fmt: skip
+    tasks = yaml.safe_load((PROJECT / "roles/images/tasks/main.yml").read_text(encoding="utf-8"))
+    for name, own in (("gateway.yml", "gateway"), ("ray.yml", "rayservice")):
+        (task,) = [one for one in tasks if one["ansible.builtin.include_tasks"] == name]
+        made = {word for condition in task["when"] for word in re.findall(r"'(\w+)'", condition)}
+        assert made == {"all", *play["tags"], "images", own}
 
 
 def test_every_play_of_drift_is_in_check_mode() -> None:
