@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix, is_ours
-from ansible.module_utils.rayplane_aws import OWNER_TAG
+from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix
+from ansible.module_utils.rayplane_aws import OWNER_TAG, tag_dict
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import is_administrator
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
@@ -341,10 +341,9 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
             continue
         name = name.removesuffix(f"-{STAND_IN}-{region}") + (suffix if name.endswith(f"-{STAND_IN}-{region}") else "")
         taken = ("403", "AccessDenied", "Forbidden")
-        before = dict(asking.refused)
         found = asking.ask("s3", "head_bucket", ("404", "NoSuchBucket", "NotFound", "301", "400"), Bucket=name)
-        if asking.refused.pop("s3:HeadBucket", "") in taken:
-            asking.refused = before
+        if asking.refused.get("s3:HeadBucket") in taken:
+            del asking.refused["s3:HeadBucket"]
             yield Problem(
                 variable,
                 name,
@@ -354,9 +353,8 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
             )
         elif found is not None:
             answer = asking.ask("s3", "get_bucket_tagging", NOT_READABLE, Bucket=name)
-            owners = {tag["Key"]: tag["Value"] for tag in (answer or {}).get("TagSet", ())}
-            owner = owners.get(OWNER_TAG, cluster)
-            if not is_ours(answer, cluster) and owner != cluster:
+            owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
+            if owner != cluster:
                 yield Problem(
                     variable,
                     name,

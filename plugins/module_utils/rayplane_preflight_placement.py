@@ -94,8 +94,8 @@ def _beside_nodes(values: Values) -> Iterator[Problem]:
         if fit:
             yield from _too_large(fit, pod)
             yield from _too_large_for_some(fit, pod)
-        # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes), and that a model asks for more
-        # than any node has by rayplane_preflight_platform.node_groups.
+        # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes), and that a model asks for
+        # more than any node has by rayplane_preflight_platform.node_groups.
         elif not gpus_named(pod.accelerator) and not (pod.gpus > most and "models" in pod.variables["gpu"][0]):
             problem = _no_nodes(nodes, pod)
             homeless.setdefault(problem.variable, problem)
