@@ -237,7 +237,9 @@ def _stages(name: str) -> list[tuple[str, tuple[str, str, tuple[str, ...]]]]:
         for role, part, tags in _roles(play):
             # A plan leaves out clusters that cannot be asked; a report says so of them.
             hosts = play["hosts"].replace("platform_ready", "clusters")
-            found.append((hosts, (role, part, tags or tuple(play.get("tags", [])))))
+            of_play = play.get("vars", {}).get("__drift_group", play.get("tags", []))
+            all_tags = dict.fromkeys([*tags, *(tag for tag in of_play if tag != "always")])
+            found.append((hosts, (role, part, tuple(all_tags))))
     return found
 
 
@@ -434,9 +436,10 @@ def test_failures_that_a_role_rescues_are_none(drift: Drift) -> None:
     assert report["clusters"]["one"]["stages"] == stages
 
 
-def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift) -> None:
+@pytest.mark.parametrize("tags", ["kuberay,secrets", "cluster"])
+def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift, tags: str) -> None:
     (drift.folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    code, output, report = drift.run("--limit", "one", "--tags", "kuberay,secrets")
+    code, output, report = drift.run("--limit", "one", "--tags", tags)
     assert code == 1, output
     (gap,) = report["clusters"]["one"]["not_compared"]
     assert "does not answer" in gap["reason"] and "namespaces" in gap["reason"]
