@@ -92,8 +92,9 @@ def gpu_memory(values: Values) -> Iterator[Problem]:
         known = shape_of(entry.get("source"))
         shape = known or guess_of(entry.get("source"))
         length = engine.get("max_model_len")
-        # A length that is no number is told as one, and that the model's own does not fit would mislead.
-        judged = shape and (length is None or whole(length)) and not entry.get("placement")
+        # A length that is none is told elsewhere, and that the model's own does not fit would mislead.
+        said = length is None or (whole(length) and (length > 0 or length == -1))
+        judged = shape and said and not entry.get("placement")
         if shape and judged and not engine.get("kv_cache_memory_bytes"):
             yield from _fits(path, entry["resources"], engine, shape, gpu, guessed=known is None)
         device = str(entry["resources"].get("gpu_resource", "nvidia.com/gpu")).removesuffix(".shared")
