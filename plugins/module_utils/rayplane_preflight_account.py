@@ -373,6 +373,10 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
     # EKS gives the root user no entry, and asks nobody for it.
     if not cluster or not arn or arn.endswith(":root") or arn in _declared(values) or _role(arn) in _declared(values):
         return
+    cure = f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}"
+    if ":assumed-role/" in arn:
+        cure += "; EKS wants the role's path, too, if it has one, as roles of IAM Identity Center do: aws iam get-role"
+        cure += f" --role-name {_role(arn).rpartition('/')[2]}"
     refused = dict(asking.refused)
     found = asking.ask("eks", "describe_cluster", ("ResourceNotFoundException",), name=cluster)
     if asking.refused != refused:
@@ -384,7 +388,7 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
                 sorted(_declared(values)),
                 f"eks_creator_is_admin is false, and the caller of this run, {_role(arn)}, is no"
                 " administrator: the stages of the cluster will be refused",
-                f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+                cure,
             )
         return
     # Its ConfigMap, which nobody can ask AWS for, may admit the caller, too.
@@ -397,7 +401,7 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
             sorted(_declared(values)),
             f"the cluster {cluster} was made by somebody else, and the caller of this run, {_role(arn)}, has no access"
             " entry: the stages of the cluster will be refused",
-            f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+            cure,
         )
 
 
