@@ -4,20 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ansible.module_utils.rayplane_aws import OWNER_TAG, tag_dict
 
-__all__ = ["NOT_READABLE", "bucket_suffix", "is_ours"]
+__all__ = ["NOT_READABLE", "bucket_suffix"]
 
 #: What S3 answers for the tags of a bucket that is not there, is another account's, or has none.
 NOT_READABLE = ("NoSuchBucket", "NoSuchTagSet", "AccessDenied", "404", "403", "PermanentRedirect", "301")
-
-
-def is_ours(answer: Mapping[str, Any] | None, cluster: str) -> bool:
-    """Whether S3's answer on a bucket's tags says that it is the cluster's."""
-    return bool(answer) and tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG) == cluster
 
 
 def bucket_suffix(s3: Any, old: Iterable[str], cluster: str, account: str, region: str) -> str:
@@ -29,6 +24,6 @@ def bucket_suffix(s3: Any, old: Iterable[str], cluster: str, account: str, regio
         tags = s3.read(
             "get_bucket_tagging", f"bucket {name}", absent=NOT_READABLE, Bucket=name, ExpectedBucketOwner=account
         )
-        if is_ours(tags, cluster):
+        if tag_dict((tags or {}).get("TagSet")).get(OWNER_TAG) == cluster:
             return ""
     return f"-{account}-{region}"

@@ -370,7 +370,8 @@ def need(shape: Shape, engine: Mapping[str, Any], gpu: Gpu) -> Need:
     # Defaults of engine/arg_utils.py for the OpenAI server.
     large = gpu.memory >= 70 and not gpu.name.startswith("a100")
     seqs = int(_number(engine, "max_num_seqs", 1024 if large else 256))
-    length = int(_number(engine, "max_model_len", shape.length))
+    # With -1 vLLM takes the longest that fits.
+    length = BLOCK if engine.get("max_model_len") == -1 else int(_number(engine, "max_model_len", shape.length))
     default = 16384 if gpu.memory >= 160 else 8192 if large else 2048
     if engine.get("enable_chunked_prefill") is False:
         default = max(default, length)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ansible.module_utils.rayplane_preflight import Problem
-from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings
+from ansible.module_utils.rayplane_preflight_values import Values, cidr_problems, entries_of, strings
 from ansible.module_utils.rayplane_reach import admitted, own_address
 
 __all__ = ["OPEN_ENVIRONMENTS", "administrators", "api_access", "check_own_address", "is_administrator"]
@@ -33,7 +33,7 @@ def api_access(values: Values) -> Iterator[Problem]:
     public, private, cidrs = (
         values.get(name) for name in ("eks_endpoint_public_access", "eks_endpoint_private_access", PUBLIC)
     )
-    yield from _networks(PRIVATE, values.get(PRIVATE))
+    yield from cidr_problems(PRIVATE, values.get(PRIVATE))
     if public is False and private is False:
         yield Problem(
             "eks_endpoint_private_access",
@@ -56,7 +56,7 @@ def api_access(values: Values) -> Iterator[Problem]:
         yield Problem(
             PUBLIC, f"{len(cidrs)} networks", f"EKS takes at most {_MOST}", "join them, or name the networks of a VPN"
         )
-    yield from _networks(PUBLIC, cidrs)
+    yield from cidr_problems(PUBLIC, cidrs, ipv6=True)
     wide = [index for index, cidr in enumerate(cidrs) if _is_wide(cidr)]
     for index in wide if values.get("platform_environment") not in OPEN_ENVIRONMENTS else ():
         yield Problem(
@@ -87,18 +87,6 @@ def _network(cidr: str) -> Any:
         return ipaddress.ip_network(cidr)
     except ValueError:
         return None
-
-
-def _networks(variable: str, cidrs: Any) -> Iterator[Problem]:
-    for index, cidr in enumerate(cidrs if strings(cidrs) else ()):
-        try:
-            ipaddress.ip_network(cidr)
-        except ValueError as error:
-            try:
-                cure = f"write {ipaddress.ip_network(cidr, strict=False)}"
-            except ValueError:
-                cure = "write a block such as 203.0.113.7/32"
-            yield Problem(f"{variable}[{index}]", cidr, f"it is no CIDR block: {error}", cure)
 
 
 def _is_wide(cidr: str) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix, is_ours
-from ansible.module_utils.rayplane_aws import OWNER_TAG
+from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix
+from ansible.module_utils.rayplane_aws import OWNER_TAG, tag_dict
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import is_administrator
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
@@ -341,10 +341,9 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
             continue
         name = name.removesuffix(f"-{STAND_IN}-{region}") + (suffix if name.endswith(f"-{STAND_IN}-{region}") else "")
         taken = ("403", "AccessDenied", "Forbidden")
-        before = dict(asking.refused)
         found = asking.ask("s3", "head_bucket", ("404", "NoSuchBucket", "NotFound", "301", "400"), Bucket=name)
-        if asking.refused.pop("s3:HeadBucket", "") in taken:
-            asking.refused = before
+        if asking.refused.get("s3:HeadBucket") in taken:
+            del asking.refused["s3:HeadBucket"]
             yield Problem(
                 variable,
                 name,
@@ -354,9 +353,8 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
             )
         elif found is not None:
             answer = asking.ask("s3", "get_bucket_tagging", NOT_READABLE, Bucket=name)
-            owners = {tag["Key"]: tag["Value"] for tag in (answer or {}).get("TagSet", ())}
-            owner = owners.get(OWNER_TAG, cluster)
-            if not is_ours(answer, cluster) and owner != cluster:
+            owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
+            if owner != cluster:
                 yield Problem(
                     variable,
                     name,
@@ -375,6 +373,10 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
     # EKS gives the root user no entry, and asks nobody for it.
     if not cluster or not arn or arn.endswith(":root") or arn in _declared(values) or _role(arn) in _declared(values):
         return
+    cure = f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}"
+    if ":assumed-role/" in arn:
+        cure += "; EKS wants the role's path, too, if it has one, as roles of IAM Identity Center do: aws iam get-role"
+        cure += f" --role-name {_role(arn).rpartition('/')[2]}"
     refused = dict(asking.refused)
     found = asking.ask("eks", "describe_cluster", ("ResourceNotFoundException",), name=cluster)
     if asking.refused != refused:
@@ -386,10 +388,11 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
                 sorted(_declared(values)),
                 f"eks_creator_is_admin is false, and the caller of this run, {_role(arn)}, is no"
                 " administrator: the stages of the cluster will be refused",
-                f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+                cure,
             )
         return
-    if (found["cluster"].get("accessConfig") or {}).get("authenticationMode") == "CONFIG_MAP":
+    # Its ConfigMap, which nobody can ask AWS for, may admit the caller, too.
+    if (found["cluster"].get("accessConfig") or {}).get("authenticationMode", "API") != "API":
         return
     entries = asking.ask("eks", "list_access_entries", clusterName=cluster)
     if entries is not None and not {arn, _role(arn)} & {_bare(one) for one in entries.get("accessEntries", ())}:
@@ -398,7 +401,7 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
             sorted(_declared(values)),
             f"the cluster {cluster} was made by somebody else, and the caller of this run, {_role(arn)}, has no access"
             " entry: the stages of the cluster will be refused",
-            f"add {{principal_arn: {_role(arn)}, policies: [{{policy: AmazonEKSClusterAdminPolicy}}]}}",
+            cure,
         )
 
 

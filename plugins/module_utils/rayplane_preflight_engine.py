@@ -275,7 +275,7 @@ def _together(where: str, engine: Mapping[str, Any]) -> Iterator[Problem]:
     for low, high in (("max_num_seqs", "max_num_batched_tokens"), ("max_loras", "max_cpu_loras")):
         least: Any = engine.get(low)
         most: Any = engine.get(high)
-        if whole(least) and whole(most) and most < least:
+        if whole(least) and whole(most) and 0 < most < least:
             yield Problem(
                 f"{where}.{high}",
                 most,

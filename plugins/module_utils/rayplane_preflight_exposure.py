@@ -6,13 +6,12 @@ balancers can use.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
-from ansible.module_utils.rayplane_preflight_values import Values, whole
+from ansible.module_utils.rayplane_preflight_values import Values, cidr_problems, whole
 
 __all__ = ["exposure"]
 
@@ -68,13 +67,9 @@ def _balancer(values: Values) -> Iterator[Problem]:
     else:
         reason = "it is plain HTTP: keys and prompts are readable to whoever sees the VPC's traffic"
         yield Problem(f"{where}.certificate_arn", ABSENT, reason, "name a certificate of ACM", warning=True)
-    for index, network in enumerate(given.get("allowed_cidrs") or ()):
-        try:
-            ipaddress.ip_network(network)
-        except ValueError as error:
-            yield Problem(f"{where}.allowed_cidrs[{index}]", network, str(error), "write 10.0.0.0/8, for example")
+    yield from cidr_problems(f"{where}.allowed_cidrs", given.get("allowed_cidrs"), ipv6=True)
     idle = given.get("idle_timeout_s")
-    if idle is None or kind not in _IDLE:
+    if idle is None or not isinstance(kind, str) or kind not in _IDLE:
         return
     low, high = _IDLE[kind]
     if kind == "nlb" and certificate:

@@ -91,9 +91,13 @@ def gpu_memory(values: Values) -> Iterator[Problem]:
             continue
         known = shape_of(entry.get("source"))
         shape = known or guess_of(entry.get("source"))
-        if shape and not entry.get("placement") and not engine.get("kv_cache_memory_bytes"):
+        length = engine.get("max_model_len")
+        # A length that is none is told elsewhere, and that the model's own does not fit would mislead.
+        said = length is None or (whole(length) and (length > 0 or length == -1))
+        judged = shape and said and not entry.get("placement")
+        if shape and judged and not engine.get("kv_cache_memory_bytes"):
             yield from _fits(path, entry["resources"], engine, shape, gpu, guessed=known is None)
-        device = entry["resources"].get("gpu_resource", "nvidia.com/gpu").removesuffix(".shared")
+        device = str(entry["resources"].get("gpu_resource", "nvidia.com/gpu")).removesuffix(".shared")
         yield from _shared(path, engine, slicing.get(device) if isinstance(slicing, Mapping) else None)
 
 

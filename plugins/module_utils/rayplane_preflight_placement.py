@@ -74,21 +74,29 @@ def placement(values: Values) -> Iterator[Problem]:
         return
     if values.get("platform_autoscaler") == "karpenter":
         return
+    refused = filters("rayplane_serve").AnsibleFilterError
     try:
-        nodes, whole_list = _nodes(values)
-        pods = list(_pods(values))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return  # a wrong type, which the argument spec tells
+        found = list(_beside_nodes(values))
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, refused):
+        return  # a wrong type or no quantity, which the argument spec or the rules of models tell
+    yield from found
+
+
+def _beside_nodes(values: Values) -> Iterator[Problem]:
+    nodes, whole_list = _nodes(values)
+    pods = list(_pods(values))
     if not whole_list or not nodes:
         return
+    most = max(entry.gpus for entry in nodes)
     homeless: dict[str, Problem] = {}
     for pod in pods:
         fit = [entry for entry in nodes if _may_take(entry, pod)]
         if fit:
             yield from _too_large(fit, pod)
             yield from _too_large_for_some(fit, pod)
-        # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes).
-        elif not gpus_named(pod.accelerator):
+        # That a GPU is missing is told by its name (rayplane_preflight_memory.gpu_nodes), and that a model asks for
+        # more than any node has by rayplane_preflight_platform.node_groups.
+        elif not gpus_named(pod.accelerator) and not (pod.gpus > most and "models" in pod.variables["gpu"][0]):
             problem = _no_nodes(nodes, pod)
             homeless.setdefault(problem.variable, problem)
     yield from homeless.values()
@@ -102,7 +110,8 @@ def _devices(values: Values) -> Iterator[Problem]:
     mixed = values.get("gpu_plugin_mig_strategy") == "mixed"
     renamed = values.get("gpu_plugin_time_slicing_rename") is True
     partitioned = [
-        (group.get("labels") or {}).get("nvidia.com/mig.config", "all-disabled") != "all-disabled"
+        isinstance(labels := group.get("labels"), Mapping)
+        and labels.get("nvidia.com/mig.config", "all-disabled") != "all-disabled"
         for _, group in (*entries_of(values, "eks_node_groups"), *entries_of(values, "eks_extra_node_groups"))
         if "NVIDIA" in str(group.get("ami_type"))
     ]

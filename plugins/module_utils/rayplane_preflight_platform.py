@@ -8,7 +8,6 @@ the argument specs' to report, so a rule passes it by.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ansible.module_utils.rayplane_preflight_values import (
     as_label,
     bounds,
     bucket_name_problem,
+    cidr_problems,
     entries_of,
     strings,
     taken_name,
@@ -196,12 +196,12 @@ def network(values: Values) -> Iterator[Problem]:
     yield from _ways_to_services(values)
     private = values.get("network_private_subnet_cidrs") or []
     public = values.get("network_public_subnet_cidrs") or []
-    wrong = list(_cidrs("network_vpc_cidr", [cidr], single=True))
-    wrong += _cidrs("network_private_subnet_cidrs", private)
-    wrong += _cidrs("network_public_subnet_cidrs", public)
+    wrong = list(cidr_problems("network_vpc_cidr", cidr))
+    wrong += cidr_problems("network_private_subnet_cidrs", private)
+    wrong += cidr_problems("network_public_subnet_cidrs", public)
     yield from wrong
     if service := values.get("eks_service_ipv4_cidr"):
-        yield from _cidrs("eks_service_ipv4_cidr", [service], single=True)
+        yield from cidr_problems("eks_service_ipv4_cidr", service)
     intra: Any = values.get("network_intra_subnet_cidrs") or []
     if wrong or not all(map(strings, (zones, private, public, intra))):
         return
@@ -293,21 +293,6 @@ def _retention(variable: str, days: Any) -> Iterator[Problem]:
         yield Problem(variable, days, "CloudWatch Logs does not know this retention", f"write {nearest_days}")
 
 
-def _cidrs(variable: str, blocks: Any, single: bool = False) -> Iterator[Problem]:
-    if not strings(blocks):
-        return
-    for index, block in enumerate(blocks):
-        where = variable if single else f"{variable}[{index}]"
-        try:
-            ipaddress.IPv4Network(block)
-        except ValueError as error:
-            try:
-                cure = f"write {ipaddress.IPv4Network(block, strict=False)}"
-            except ValueError:
-                cure = "write an IPv4 block such as 10.0.0.0/16"
-            yield Problem(where, block, f"it is no CIDR block: {error}", cure)
-
-
 def gpus_of_instance(instance_type: str) -> int | None:
     """GPUs of one EC2 machine: 0 for a type without, None for a GPU family whose size we do not know."""
     family, _, size = instance_type.partition(".")
@@ -354,8 +339,9 @@ def node_groups(values: Values) -> Iterator[Problem]:
         for kind in types if strings(types) else ():
             gpus = gpus_of_instance(kind)
             most = None if gpus is None or most is None else max(most, gpus)
-    # Where the kubeconfig is given, the nodes are another cluster's.
-    if most is not None and values.get("kubeconfig_source") != "given":
+    # Where the kubeconfig is given, the nodes are another cluster's; Karpenter starts machines by the pods.
+    others = values.get("kubeconfig_source") == "given" or values.get("platform_autoscaler") == "karpenter"
+    if most is not None and not others:
         yield from _gpus_fit(values, most)
 
 

@@ -120,10 +120,7 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         )
         return
     if not isinstance(source, str):
-        yield Problem(
-            where, source, "a source is text", "name a hub id, a folder, or an address such as s3://bucket/path"
-        )
-        return
+        return  # rayplane_preflight_text tells
     scheme, separator, rest = source.partition("://")
     if separator:
         if scheme not in _MODEL_SCHEMES:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -18,6 +19,7 @@ __all__ = [
     "as_label",
     "bounds",
     "bucket_name_problem",
+    "cidr_problems",
     "entries_of",
     "quantity_problem",
     "strings",
@@ -93,6 +95,21 @@ def bounds(path: str, low: Any, high: Any, names: tuple[str, str] = ("min", "max
             "with at most none there will never be one",
             "write 1 or more, or take the entry out",
         )
+
+
+def cidr_problems(variable: str, blocks: Any, ipv6: bool = False) -> Iterator[Problem]:
+    """What is wrong with a CIDR block, or with each of a list of them."""
+    network: Any = ipaddress.ip_network if ipv6 else ipaddress.IPv4Network
+    alone = [(variable, blocks)] if isinstance(blocks, str) else []
+    for where, block in alone or ((f"{variable}[{i}]", one) for i, one in enumerate(blocks if strings(blocks) else ())):
+        try:
+            network(block)
+        except ValueError as error:
+            try:
+                cure = f"write {network(block, strict=False)}"
+            except ValueError:
+                cure = "write a block such as 10.0.0.0/16" + ("" if ipv6 else ", of IPv4")
+            yield Problem(where, block, f"it is no CIDR block: {error}", cure)
 
 
 def bucket_name_problem(name: str) -> tuple[str, str] | None:

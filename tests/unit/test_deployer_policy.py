@@ -26,6 +26,9 @@ NOT_CALLED = {
         "kms:CreateGrant",
         "kms:Decrypt",
         "kms:GenerateDataKey",
+        "kms:GenerateDataKeyWithoutPlaintext",  # disks of the bastion, and EFS
+        "kms:ReEncryptFrom",
+        "kms:ReEncryptTo",
         "kms:RetireGrant",
         "logs:CreateLogDelivery",  # flow logs into a bucket
         "logs:DeleteLogDelivery",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,7 +237,9 @@ def _stages(name: str) -> list[tuple[str, tuple[str, str, tuple[str, ...]]]]:
         for role, part, tags in _roles(play):
             # A plan leaves out clusters that cannot be asked; a report says so of them.
             hosts = play["hosts"].replace("platform_ready", "clusters")
-            found.append((hosts, (role, part, tags or tuple(play.get("tags", [])))))
+            of_play = play.get("vars", {}).get("__drift_group", play.get("tags", []))
+            all_tags = dict.fromkeys([*tags, *(tag for tag in of_play if tag != "always")])
+            found.append((hosts, (role, part, tuple(all_tags))))
     return found
 
 
@@ -269,6 +272,17 @@ def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> 
             lacking |= {(role, part): set(tags) - key_tags - {"always"}}
     assert lacking.keys() >= {("network", "main"), ("storage_class", "main"), ("autoscaler", "main")}
     assert {stage: tags for stage, tags in lacking.items() if tags} == {}
+
+
+def test_every_tag_that_chooses_the_images_has_them_made() -> None:
+    """The role looks at the tags itself, so that one stage's tag builds no image of another."""
+    (play,) = [one for one in yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text(encoding="utf-8"))
+               if {"images"} == {role["role"] for role in one.get("roles", [])}]  # fmt: skip
+    tasks = yaml.safe_load((PROJECT / "roles/images/tasks/main.yml").read_text(encoding="utf-8"))
+    for name, own in (("gateway.yml", "gateway"), ("ray.yml", "rayservice")):
+        (task,) = [one for one in tasks if one["ansible.builtin.include_tasks"] == name]
+        made = {word for condition in task["when"] for word in re.findall(r"'(\w+)'", condition)}
+        assert made == {"all", *play["tags"], "images", own}
 
 
 def test_every_play_of_drift_is_in_check_mode() -> None:
@@ -422,9 +436,10 @@ def test_failures_that_a_role_rescues_are_none(drift: Drift) -> None:
     assert report["clusters"]["one"]["stages"] == stages
 
 
-def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift) -> None:
+@pytest.mark.parametrize("tags", ["kuberay,secrets", "cluster"])
+def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift, tags: str) -> None:
     (drift.folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    code, output, report = drift.run("--limit", "one", "--tags", "kuberay,secrets")
+    code, output, report = drift.run("--limit", "one", "--tags", tags)
     assert code == 1, output
     (gap,) = report["clusters"]["one"]["not_compared"]
     assert "does not answer" in gap["reason"] and "namespaces" in gap["reason"]

@@ -244,6 +244,7 @@ def test_the_account_names_the_buckets(buckets: dict[str, str], suffix: str) -> 
             True,
         ),
         ({"accessConfig": {"authenticationMode": "CONFIG_MAP"}}, [], {"eks_access_entries": []}, False),
+        ({"accessConfig": {"authenticationMode": "API_AND_CONFIG_MAP"}}, [], {"eks_access_entries": []}, False),
     ],
 )
 def test_who_deploys_is_an_administrator(

@@ -173,6 +173,9 @@ LLAMA, QWEN, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-0.5B-Inst
         (model(LLAMA, "nvidia-l4"), {"engine.max_model_len": False}),
         (model(LLAMA, "nvidia-l4", max_model_len=16384), {"engine.max_model_len": True}),
         (model(LLAMA, "nvidia-l4", max_model_len=8192), {}),
+        # The longest that fits; and text, which the rule of types tells.
+        (model(LLAMA, "nvidia-l4", max_model_len=-1), {}),
+        (model(LLAMA, "nvidia-l4", max_model_len="8192"), {}),
         (model(LLAMA, "nvidia-tesla-t4", gpu=2, tensor_parallel_size=2, max_model_len=8192), {}),
         # Nothing is known of the model, of the GPU, or of how much of it the cache takes.
         (model("somebody/a-model-of-their-own", "nvidia-t4"), {}),

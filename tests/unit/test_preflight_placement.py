@@ -183,10 +183,21 @@ def test_pods_that_nodes_have_room_for_are_let_through(
         {"eks_extra_node_groups": [{"name": "t", "launch_template": {"id": "lt-1"}}]},
         {"eks_extra_node_groups": [group("big", "x2idn.16xlarge")]},
         {"rayservice_head": {"cpu": "four", "memory": "1Gi"}},
+        {"rayservice_head": {"cpu": "1", "memory": "4GB"}},
+        {
+            "gpu_plugin_enabled": True,
+            "eks_extra_node_groups": [group("x", "m5.large", ami_type="NVIDIA", labels=["a"])],
+        },
+        {"eks_extra_node_groups": [group("x", "m5.large", taints=[{"value": "no key"}])]},
+        {"rayservice_tolerations": ["gpu"]},
     ],
 )
 def test_what_is_not_known_is_not_judged(values: dict[str, Any]) -> None:
     assert found(model(cpu=90), **values) == {}
+
+
+def test_more_gpus_than_any_node_has_are_told_by_the_rule_of_node_groups() -> None:
+    assert found(model(gpu=8)) == {}
 
 
 PARTITIONED = group(

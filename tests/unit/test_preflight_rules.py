@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_rules import RULES, check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options
 from ansible.module_utils.rayplane_preflight_values import DNS_LABEL, as_label, bucket_name_problem, quantity_problem
+from conftest import PROJECT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -433,10 +435,52 @@ def test_a_worker_group_declares_its_resources_once() -> None:
 def test_gpus_are_not_counted_on_nodes_of_a_given_cluster() -> None:
     entry = model(resources={"gpu": 8})
     assert found(rayservice_models=[entry], kubeconfig_source="given") == {}
+    assert found(rayservice_models=[entry], eks_node_groups=[], platform_autoscaler="karpenter") == {}
     assert (
         "no group"
         in found(rayservice_models=[model()], eks_node_groups=[])["rayservice_models[0].resources.gpu"].reason
     )
+
+
+def _shipped() -> dict[str, Any]:
+    """The roles' defaults and production's values, templates as they are written."""
+    files = [*PROJECT.glob("roles/*/defaults/main.yml"), *sorted(PROJECT.glob("inventories/prod/group_vars/all/*.yml"))]
+    read = {name: value for file in files for name, value in yaml.safe_load(file.read_text()).items()}
+    read["rayservice_models"][0]["resources"]["gpu_resource"] = "nvidia.com/gpu"
+    return {
+        **read,
+        "eks_node_groups": GOOD["eks_node_groups"],
+        "platform": "aws",
+        "platform_autoscaler": "cluster_autoscaler",
+        "gpu_plugin_enabled": True,
+        "gateway_load_balancer": {"type": "nlb", "idle_timeout_s": 60, "allowed_cidrs": ["10.0.0.0/8"]},
+        "rayservice_node_selector": {"kubernetes.io/os": "linux"},
+        "rayservice_tolerations": [{"key": "a", "operator": "Exists"}],
+    }
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("wrong", [None, "{{ undefined }}", 5, ["a"], {"a": None}, {1: 2}], ids=str)
+@pytest.mark.parametrize(
+    "variable",
+    ["rayservice_models", "rayservice_node_selector", "rayservice_tolerations", "rayservice_head",
+     "eks_extra_node_groups", "eks_endpoint_public_cidrs", "gateway_load_balancer"],
+)  # fmt: skip
+def test_no_rule_breaks_on_a_value_of_another_type(variable: str, wrong: Any) -> None:
+    values = _shipped()
+    for place in list(_places(values[variable])):
+        changed = copy.deepcopy(values[variable])
+        inner: Any = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        if place:
+            inner[place[-1]] = wrong
+        list(check_declared({**values, variable: changed if place else wrong}))
 
 
 def test_other_platforms_have_no_aws_rules() -> None:

@@ -39,6 +39,8 @@ CIDRS = "eks_endpoint_public_cidrs"
         ({**OPEN, CIDRS: ["8.8.8.8/32"], "eks_endpoint_private_access": False}, "eks_endpoint_private_access", "NAT"),
         ({**PRIVATE, "eks_endpoint_private_access": False}, "eks_endpoint_private_access", "nobody"),
         ({**PRIVATE, "eks_endpoint_private_cidrs": ["corp"]}, "eks_endpoint_private_cidrs[0]", "no CIDR block"),
+        # The security group's rules are of IPv4.
+        ({**PRIVATE, "eks_endpoint_private_cidrs": ["fd00::/8"]}, "eks_endpoint_private_cidrs[0]", "no CIDR block"),
         ({**OPEN, CIDRS: "0.0.0.0/0"}, "", ""),
         ({"eks_creator_is_admin": False, "eks_access_entries": []}, "eks_access_entries", "nobody may deploy"),
         (
