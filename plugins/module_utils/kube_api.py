@@ -289,7 +289,11 @@ def kubectl_settings(kubeconfig: str | None = None, context: str | None = None) 
         }
         return [], {**env, "KUBECONFIG": _temp(json.dumps(config).encode())}
     options = ["--context", name] if (name := _context_name(context)) else []
-    return options, {**env, "KUBECONFIG": paths} if paths else dict(env)
+    if not paths:
+        return options, dict(env)
+    # kubectl itself does not know ~.
+    expanded = os.pathsep.join(str(Path(path).expanduser()) for path in paths.split(os.pathsep) if path)
+    return options, {**env, "KUBECONFIG": expanded}
 
 
 def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:

@@ -143,6 +143,9 @@ def test_kubectl_gets_the_cluster_that_the_modules_talk_to(monkeypatch: pytest.M
     monkeypatch.setenv("K8S_AUTH_KUBECONFIG", "/own")
     options, environment = kubectl_settings()
     assert (options, environment["KUBECONFIG"]) == ([], "/own")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("K8S_AUTH_KUBECONFIG", "~/.kube/one:/two")
+    assert kubectl_settings()[1]["KUBECONFIG"] == "/home/me/.kube/one:/two"
     monkeypatch.setenv("K8S_AUTH_CONTEXT", "mine")
     options, environment = kubectl_settings("/given")
     assert (options, environment["KUBECONFIG"]) == (["--context", "mine"], "/given")
