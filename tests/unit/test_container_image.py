@@ -71,6 +71,11 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         elif self.path == "/v2/a/b/manifests/1":
             self.send_response(200)
             self.send_header("Docker-Content-Digest", DIGEST)
+        elif self.path == "/v2/a/b/manifests/silent":
+            self.send_response(200)
+        elif self.path == "/v2/a/b/manifests/garbage":
+            self.wfile.write(b"no HTTP\r\n\r\n")
+            return
         else:
             self.send_response(404)
         self.end_headers()
@@ -110,6 +115,12 @@ def test_digests(registry: str, way: str, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(RegistryError) as refused:
             digest_of(f"{registry}/a/b:1")
         assert refused.value.status == 401
+
+
+@pytest.mark.parametrize("tag", ["silent", "garbage"])
+def test_a_registry_that_says_something_else_tells_no_digest(registry: str, tag: str) -> None:
+    with pytest.raises(RegistryError):
+        digest_of(f"{registry}/a/b:{tag}")
 
 
 def test_a_registry_that_does_not_answer_says_nothing_of_an_image() -> None:
