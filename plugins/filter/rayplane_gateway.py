@@ -70,6 +70,9 @@ _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 _STARTED_WITH = "rayplane.io/started-with"
 #: Seconds for which load balancers go on sending to a pod that is not ready any more.
 _LEAVING_S = {"alb": 30, "nlb": 120}
+#: Seconds until load balancers send to a new pod. Fewer, and a release could leave them pods that come and go alone
+#: (the controller's docs/deploy/pod_readiness_gate.md).
+_ARRIVING_S = {"alb": 60, "nlb": 180}
 #: Longer than a request takes (``timeouts.total_s``, 600) with its queueing and its body.
 _IDLE_S = 660
 _TLS_POLICY = "ELBSecurityPolicy-TLS13-1-2-2021-06"
@@ -545,9 +548,12 @@ def _balancer(settings: Mapping[str, Any]) -> list[Json]:
 
 def _leaving(settings: Mapping[str, Any]) -> str:
     """The attribute by which open requests of a pod that leaves are let finish."""
-    server = gateway_config(settings)["server"]
-    seconds = math.ceil(float(server.get("drain_s", 60)) + float(server["drain_delay_s"]))
-    return f"deregistration_delay.timeout_seconds={min(seconds, 3600)}"
+    return f"deregistration_delay.timeout_seconds={min(_drain_s(gateway_config(settings)), 3600)}"
+
+
+def _drain_s(config: Json) -> int:
+    """Seconds that a pod takes to leave, at most."""
+    return math.ceil(float(config["server"].get("drain_s", 60)) + float(config["server"].get("drain_delay_s", 0)))
 
 
 def _network_balancer(settings: Mapping[str, Any], balancer: Json, scheme: str) -> Json:
@@ -682,7 +688,6 @@ def _workload(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str
     """The pods: a Deployment's, or, with volumes of their own, a StatefulSet's."""
     name, config = settings["name"], gateway_config(settings)
     labels = {**settings["labels"], **_selector(settings, "gateway")}
-    drain = float(config["server"].get("drain_s", 60)) + float(config["server"].get("drain_delay_s", 0))
     env = [{"name": key, "value": str(value)} for key, value in sorted(settings["env"].items())]
     in_cluster = settings["redis"] == "in_cluster"
     password = _secret(settings, "redis") if in_cluster else settings["redis_password_secret"]
@@ -741,7 +746,7 @@ def _workload(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str
     spec = _pod_spec(settings, [container], volumes) | {
         "serviceAccountName": name,
         # Open streams finish: the gateway itself waits until load balancers have seen it go, then for its requests.
-        "terminationGracePeriodSeconds": math.ceil(drain) + 15,
+        "terminationGracePeriodSeconds": _drain_s(config) + 15,
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -758,6 +763,8 @@ def _workload(settings: Mapping[str, Any], values: Mapping[str, Mapping[str, str
         "revisionHistoryLimit": 3,
         "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec},
     }
+    if settings["load_balancer"]:
+        body["minReadySeconds"] = _ARRIVING_S[settings["load_balancer"]["type"]]
     kind = _workload_kind(settings)
     if kind == "Deployment":
         # No request finds fewer pods than before.
@@ -906,6 +913,19 @@ def gateway_targets(settings: Mapping[str, Any]) -> list[Json]:
     return targets
 
 
+def gateway_patience(settings: Mapping[str, Any], seconds: int) -> int:
+    """Seconds to wait for pods of which each takes ``seconds`` to start at most.
+
+    They are replaced one after the other, each once load balancers know the one before; and of a StatefulSet each
+    leaves before its successor comes.
+    """
+    balancer = settings["load_balancer"]
+    each = _ARRIVING_S[balancer["type"]] if balancer else 0
+    if _workload_kind(settings) == "StatefulSet":
+        each += _drain_s(gateway_config(settings))
+    return seconds + _bounds(settings)[1] * each
+
+
 def local_image_key(state: str, image: str) -> str:
     """What an image of the local platform was made of (``tools/rayplane_local/images.py``); empty where there is none.
 
@@ -972,6 +992,7 @@ class FilterModule:
             "gateway_secret_environment": gateway_secret_environment,
             "gateway_secret_values": gateway_secret_values,
             "gateway_secrets": gateway_secrets,
+            "gateway_patience": gateway_patience,
             "gateway_targets": gateway_targets,
             "gateway_traffic_lines": gateway_traffic_lines,
             "local_image_key": local_image_key,

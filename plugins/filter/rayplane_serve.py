@@ -331,9 +331,13 @@ def _bounds(group: Mapping[str, Any]) -> Json:
     return {"replicas": int(group.get("replicas", low)), "minReplicas": low, "maxReplicas": high}
 
 
-def _at_hand(location: str) -> bool:
-    """Whether a model's files come from a bucket or a folder, and not from the hub."""
-    return bool(_REMOTE.match(location)) or location.startswith(("/", "./", "../", "~"))
+def _from_hub(model: Json, location: str) -> bool:
+    """Whether pods read something of a model from the hub, and not from a bucket or a folder: itself, a tokenizer of
+    its own, a draft model."""
+    engine = model.get("engine") or {}
+    draft = engine.get("speculative_config")
+    read = [location, engine.get("tokenizer"), draft.get("model") if isinstance(draft, Mapping) else None]
+    return any(not (_REMOTE.match(place) or place.startswith(("/", "./", "../", "~"))) for place in read if place)
 
 
 def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], settings: Mapping[str, Any]) -> Json:
@@ -342,7 +346,7 @@ def rayservice_manifest(models: Sequence[Json], locations: Mapping[str, str], se
     ``settings`` are the role's variables without their prefix (``vars/main.yml`` lists them).
     """
     name = settings["name"]
-    if all(_at_hand(locations.get(model["id"], model["source"])) for model in models):
+    if not any(_from_hub(model, locations.get(model["id"], model["source"])) for model in models):
         # What the pods read themselves needs no token of the hub.
         settings = {**settings, "hugging_face_secret": ""}
     head = settings["head"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import json
 import os
 import re
@@ -100,33 +101,39 @@ def digest_of(image: str, credentials: Credentials | None = None, timeout: float
     scheme = "http" if reference.loopback else "https"
     wanted = reference.digest or reference.tag
     url = f"{scheme}://{host}/v2/{reference.repository}/manifests/{wanted}"
-    headers = {"Accept": _MANIFESTS}
     # A proxy would look for the loopback address on its own machine.
     proxies = urllib.request.ProxyHandler({}) if reference.loopback else urllib.request.ProxyHandler()
     opener = urllib.request.build_opener(proxies)
     try:
         try:
-            return _head(opener, url, headers, timeout)
+            return _head(opener, url, "", timeout)
         except urllib.error.HTTPError as error:
             if error.code != 401:
                 raise
             way = error.headers.get("WWW-Authenticate", "")
             error.close()
         token = _authorization(opener, way, reference.repository, credentials, timeout)
-        return _head(opener, url, {**headers, "Authorization": token}, timeout)
+        return _head(opener, url, token, timeout)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 404:
             return None
         raise RegistryError(f"{reference.registry} answers {error.code} {error.reason}", error.code) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise RegistryError(f"{reference.registry} does not answer: {reason}") from error
 
 
-def _head(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str], timeout: float) -> str:
-    with opener.open(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=timeout) as answer:  # noqa: S310 - the scheme is ours
-        return str(answer.headers["Docker-Content-Digest"])
+def _head(opener: urllib.request.OpenerDirector, url: str, authorization: str, timeout: float) -> str:
+    request = urllib.request.Request(url, headers={"Accept": _MANIFESTS}, method="HEAD")  # noqa: S310 - the scheme is ours
+    if authorization:
+        # Not for the host that a redirect leads to.
+        request.add_unredirected_header("Authorization", authorization)
+    with opener.open(request, timeout=timeout) as answer:
+        digest = answer.headers["Docker-Content-Digest"]
+    if not digest:
+        raise ValueError("it tells no digest (header Docker-Content-Digest)")
+    return str(digest)
 
 
 def _authorization(
@@ -141,7 +148,7 @@ def _authorization(
     realm = given["realm"] if given.get("realm", "").startswith(("https://", "http://")) else ""
     request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310 - checked above
     if credentials:
-        request.add_header("Authorization", f"Basic {credentials.basic}")
+        request.add_unredirected_header("Authorization", f"Basic {credentials.basic}")
     with opener.open(request, timeout=timeout) as answer:
         token = json.load(answer)
     return f"Bearer {token.get('token') or token.get('access_token')}"

@@ -8,13 +8,14 @@ directly here.
 Connection settings are read like kubernetes.core reads them: ``K8S_AUTH_HOST`` with ``K8S_AUTH_API_KEY`` (an AWX
 credential),
 ``K8S_AUTH_KUBECONFIG`` and ``K8S_AUTH_CONTEXT``, ``KUBECONFIG``, ``~/.kube/config``, and a pod's own service account,
-in this order.
+in this order. The environment's proxy is used as kubectl uses it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import ipaddress
 import json
 import os
 import subprocess
@@ -27,7 +28,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 import urllib3
 import yaml
@@ -289,7 +291,11 @@ def kubectl_settings(kubeconfig: str | None = None, context: str | None = None) 
         }
         return [], {**env, "KUBECONFIG": _temp(json.dumps(config).encode())}
     options = ["--context", name] if (name := _context_name(context)) else []
-    return options, {**env, "KUBECONFIG": paths} if paths else dict(env)
+    if not paths:
+        return options, dict(env)
+    # kubectl itself does not know ~.
+    expanded = os.pathsep.join(str(Path(path).expanduser()) for path in paths.split(os.pathsep) if path)
+    return options, {**env, "KUBECONFIG": expanded}
 
 
 def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
@@ -317,6 +323,19 @@ def connection_from_environment(kubeconfig: str | None = None, context: str | No
         connection.renew()
         return connection
     return _from_kubeconfig(paths or str(default), _context_name(context))
+
+
+def _proxy_of(connection: Connection) -> str | None:
+    """The kubeconfig's proxy, or the environment's (HTTPS_PROXY, NO_PROXY), as kubectl takes them; but none for a
+    private address, which is seldom a proxy's to reach."""
+    server = urlsplit(connection.server)
+    host = server.hostname or ""
+    if connection.proxy_url or host == "localhost" or proxy_bypass(host):
+        return connection.proxy_url
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_private:
+            return None
+    return getproxies_environment().get(server.scheme)
 
 
 @dataclass(frozen=True)
@@ -368,8 +387,8 @@ class Cluster:
                 options |= {"server_hostname": connection.server_name, "assert_hostname": connection.server_name}
             if not connection.verify:
                 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        if connection.proxy_url:
-            return urllib3.ProxyManager(connection.proxy_url, **options)
+        if proxy := _proxy_of(connection):
+            return urllib3.ProxyManager(proxy, **options)
         return urllib3.PoolManager(**options)
 
     def _renew(self, renewals: int) -> None:

@@ -307,16 +307,18 @@ class ApplySet:
 
     def _look_for_room(self, item: Json, live: Json | None) -> None:
         """Refuse a change that would end a running pod for one that has no place: a StatefulSet's goes before its
-        successor comes."""
+        successor comes, and so does a Deployment's where its strategy is Recreate."""
         if live is None or item["kind"] not in _REPLACES_PODS:
             return
         old, new = live["spec"]["template"]["spec"], item["spec"]["template"]["spec"]
-        if requests_of(old) == requests_of(new) and old.get("nodeSelector") == new.get("nodeSelector"):
+        if requests_of(old) == requests_of(new) and (old.get("nodeSelector") or {}) == (new.get("nodeSelector") or {}):
             return
         labels = live["spec"]["selector"].get("matchLabels") or {}
         pods = Resource("v1", "Pod", "pods", True)
         own = self.cluster.list(pods, live["metadata"].get("namespace"), selector_of(labels)) if labels else []
-        without = [pod["metadata"]["name"] for pod in own] if item["kind"] == "StatefulSet" else []
+        strategy = item["spec"].get("strategy") or live["spec"].get("strategy") or {}
+        goes_first = item["kind"] == "StatefulSet" or strategy.get("type") == "Recreate"
+        without = [pod["metadata"]["name"] for pod in own] if goes_first else []
         if why := no_node_for(self.cluster, new, without):
             raise ApplyError(
                 f"{label_of(item)} stays as it is: its changed pod fits on no node: {why}. "

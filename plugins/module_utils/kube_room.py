@@ -72,8 +72,9 @@ def nodes_may_come(cluster: Cluster) -> bool:
     """Whether something makes nodes for pods that have none: Karpenter, or a cluster-autoscaler (it keeps a status)."""
     if cluster.resource("karpenter.sh/v1", "NodePool") is not None:
         return True
-    status = Resource("v1", "ConfigMap", "configmaps", True)
-    return cluster.get(status, "kube-system", "cluster-autoscaler-status") is not None
+    # Wherever it runs: OpenShift's is in openshift-machine-api.
+    named = {"fieldSelector": "metadata.name=cluster-autoscaler-status"}
+    return bool(cluster.request("GET", "/api/v1/configmaps", query=named).get("items"))
 
 
 def no_node_for(cluster: Cluster, spec: Json, without: Iterable[str] | None = None) -> str | None:

@@ -14,9 +14,12 @@ from ansible.module_utils.kube_room import no_node_for
 # Serve's word for a configuration that it tried and could not run.
 _FAILED = "DEPLOY_FAILED"
 # What a registry says of an image that will not come; anything else may be a network that comes back.
-_NO_IMAGE = re.compile(r"not found|not exist|unknown|denied|unauthorized|forbidden|invalid reference", re.IGNORECASE)
+_NO_IMAGE = re.compile(r"not found|not exist|unknown|invalid reference", re.IGNORECASE)
+# A new node's permissions, or a pull secret, may be a moment late: the kubelet tries again after 10 and 20 s.
+_REFUSED = re.compile(r"denied|unauthorized|forbidden", re.IGNORECASE)
 _NEVER_STARTS = ("ErrImageNeverPull", "InvalidImageName")
 IMAGE_PATIENCE_S = 5.0
+_REFUSED_IMAGE_PATIENCE_S = 45.0
 
 
 class Final(str):
@@ -228,11 +231,12 @@ def pods_problem(cluster: Cluster, live: Json) -> Final | None:
         for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
             waits = (container.get("state") or {}).get("waiting") or {}
             reason, message = waits.get("reason", ""), waits.get("message") or ""
-            no_image = reason in ("ErrImagePull", "ImagePullBackOff") and _NO_IMAGE.search(message)
-            if reason in _NEVER_STARTS or no_image:
+            pulls = reason in ("ErrImagePull", "ImagePullBackOff")
+            no_image = reason in _NEVER_STARTS or (pulls and _NO_IMAGE.search(message))
+            if no_image or (pulls and _REFUSED.search(message)):
                 return Final(
                     f"pod {name}: image {container.get('image')} cannot be pulled: {message or reason}",
-                    IMAGE_PATIENCE_S,
+                    IMAGE_PATIENCE_S if no_image else _REFUSED_IMAGE_PATIENCE_S,
                 )
             if reason == "CreateContainerConfigError":
                 return Final(f"pod {name}, container {container['name']}: {message or reason}", 20.0)

@@ -49,7 +49,8 @@ def _balancer(values: Values) -> Iterator[Problem]:
         reason = "load balancers of this kind are AWS's"
         yield Problem(where, dict(given), reason, "take it out, and use gateway_service_type LoadBalancer")
     elif values.get("load_balancer_controller_enabled") is False:
-        elsewhere = values.get("platform") == "existing"
+        # Where there is an IAM role and no controller of ours, somebody else installs it.
+        elsewhere = values.get("platform") == "existing" or values.get("eks_load_balancer_controller") is True
         yield Problem(
             where,
             dict(given),

@@ -225,19 +225,22 @@ def forwarded(kubectl: str, service: Json) -> Iterator[str]:
     options, environment = kubectl_settings()
     command = [kubectl, *options, "port-forward", "--address", "127.0.0.1", "-n", service["namespace"]]
     command += [f"svc/{service['name']}", f":{service['port']}"]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            match = re.search(r"127\.0\.0\.1:(\d+)", line)
-            if not match:
-                said = process.stderr.read() if process.stderr and process.poll() is not None else line
-                raise AnswerError(f"{' '.join(command)}: {said.strip() or 'no answer'}")
-            yield f"http://127.0.0.1:{match[1]}"
-        finally:
-            process.terminate()
-            forget_temporary()
+    try:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                line = process.stdout.readline() if process.stdout else ""
+                match = re.search(r"127\.0\.0\.1:(\d+)", line)
+                if not match:
+                    # Without a line it has ended, or is about to.
+                    said = line or (process.stderr.read() if process.stderr else "")
+                    raise AnswerError(f"{' '.join(command)}: {said.strip() or 'no answer'}")
+                yield f"http://127.0.0.1:{match[1]}"
+            finally:
+                process.terminate()
+    finally:
+        forget_temporary()
 
 
 def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers: list[Json]) -> None:
@@ -305,6 +308,8 @@ def main() -> None:
             if time.monotonic() > deadline:
                 module.fail_json(msg=f"no answer within {given['timeout']} s: {error}", answers=answers)
             time.sleep(2)
+        except OSError as error:
+            module.fail_json(msg=f"{given['kubectl']} cannot be started: {error}", answers=answers)
     module.exit_json(changed=False, answers=answers)
 
 

@@ -104,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
                     if key.split("/")[-2] == parts[-1]
                     and ("namespaces" not in parts[:-1] or key.startswith(path))
                     and wanted.items() <= (item["metadata"].get("labels") or {}).items()
+                    and query.get("fieldSelector", "").removeprefix("metadata.name=") in ("", item["metadata"]["name"])
                 ]
                 return 200, {"items": found}
             return missing

@@ -12,10 +12,12 @@ from typing import Any
 
 import container_image
 import pytest
+import yaml
 from ansible.module_utils import container_registry
 from ansible.module_utils.container_registry import Credentials, Reference, RegistryError, digest_of, parse
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
 from aws_fake import FakeClient, refusal
+from conftest import PROJECT
 
 DIGEST = "sha256:" + "a" * 64
 LOGIN = Credentials("robot", "sesame")
@@ -69,6 +71,11 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         elif self.path == "/v2/a/b/manifests/1":
             self.send_response(200)
             self.send_header("Docker-Content-Digest", DIGEST)
+        elif self.path == "/v2/a/b/manifests/silent":
+            self.send_response(200)
+        elif self.path == "/v2/a/b/manifests/garbage":
+            self.wfile.write(b"no HTTP\r\n\r\n")
+            return
         else:
             self.send_response(404)
         self.end_headers()
@@ -108,6 +115,12 @@ def test_digests(registry: str, way: str, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(RegistryError) as refused:
             digest_of(f"{registry}/a/b:1")
         assert refused.value.status == 401
+
+
+@pytest.mark.parametrize("tag", ["silent", "garbage"])
+def test_a_registry_that_says_something_else_tells_no_digest(registry: str, tag: str) -> None:
+    with pytest.raises(RegistryError):
+        digest_of(f"{registry}/a/b:{tag}")
 
 
 def test_a_registry_that_does_not_answer_says_nothing_of_an_image() -> None:
@@ -315,3 +328,14 @@ def test_without_a_tool_it_says_so_before_anything_is_built(
     for check in (True, False):
         with pytest.raises(PlatformError, match="images_tool is auto: buildah, podman, docker: none"):
             keep(given | {"tool": "auto"}, Shop(tools), check)
+
+
+def test_every_tag_that_leads_to_the_images_builds_some() -> None:
+    """Also in the two steps of a private endpoint, `--tags cloud` and `--tags cluster`."""
+    plays = yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text())
+    [play] = [one for one in plays if [role["role"] for role in one.get("roles", [])] == ["images"]]
+    builds = [task["when"][1] for task in yaml.safe_load((PROJECT / "roles/images/tasks/main.yml").read_text())]
+    for tag in play["tags"]:
+        assert all(f"'{tag}'" in condition for condition in builds)
+    for tag in play["roles"][0]["tags"]:
+        assert any(f"'{tag}'" in condition for condition in builds)

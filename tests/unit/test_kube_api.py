@@ -51,6 +51,30 @@ def test_kubeconfig(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert connection_from_environment().headers == {"Authorization": "Bearer key"}
 
 
+@pytest.mark.parametrize(
+    ("server", "given", "proxy"),
+    [
+        ("https://x.eks.amazonaws.com", None, "http://environment:3128"),
+        ("https://x.eks.amazonaws.com", "http://kubeconfig:3128", "http://kubeconfig:3128"),
+        ("https://api.inside.example", None, None),
+        ("https://api.inside.example", "http://kubeconfig:3128", "http://kubeconfig:3128"),
+        ("https://10.97.0.1:6443", None, None),
+        ("https://127.0.0.1:6443", None, None),
+        ("https://localhost:6443", None, None),
+        ("http://x.eks.amazonaws.com", None, None),
+    ],
+)
+def test_the_way_through_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, server: str, given: str | None, proxy: str | None
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://environment:3128")
+    monkeypatch.setenv("NO_PROXY", ".inside.example")
+    found = Cluster(Connection(server=server, proxy_url=given))._pool.proxy
+    assert (found and found.url) == proxy
+
+
 def test_no_api_server_is_told_by_its_address() -> None:
     with pytest.raises(KubeError, match=r"http://127.0.0.1:9 does not answer"):
         Cluster(Connection(server="http://127.0.0.1:9")).request("GET", "/version")
@@ -143,6 +167,9 @@ def test_kubectl_gets_the_cluster_that_the_modules_talk_to(monkeypatch: pytest.M
     monkeypatch.setenv("K8S_AUTH_KUBECONFIG", "/own")
     options, environment = kubectl_settings()
     assert (options, environment["KUBECONFIG"]) == ([], "/own")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("K8S_AUTH_KUBECONFIG", "~/.kube/one:/two")
+    assert kubectl_settings()[1]["KUBECONFIG"] == "/home/me/.kube/one:/two"
     monkeypatch.setenv("K8S_AUTH_CONTEXT", "mine")
     options, environment = kubectl_settings("/given")
     assert (options, environment["KUBECONFIG"]) == (["--context", "mine"], "/given")

@@ -295,10 +295,40 @@ def test_a_pod_that_fits_once_its_predecessor_has_gone_is_applied(two_cores: Ser
     assert two_cores.writes == [f"PATCH {STATEFUL}"]
 
 
-def test_where_nodes_may_come_room_is_not_asked_for(two_cores: Server, cluster: Cluster) -> None:
-    two_cores.kinds["karpenter.sh/v1"] = {"NodePool": ("nodepools", False)}
+@pytest.mark.parametrize("autoscaler", ["karpenter", "cluster-autoscaler"])
+def test_where_nodes_may_come_room_is_not_asked_for(two_cores: Server, cluster: Cluster, autoscaler: str) -> None:
+    if autoscaler == "karpenter":
+        two_cores.kinds["karpenter.sh/v1"] = {"NodePool": ("nodepools", False)}
+    else:
+        status = {"metadata": {"name": "cluster-autoscaler-status", "namespace": "openshift-machine-api"}}
+        two_cores.put("/api/v1/namespaces/openshift-machine-api/configmaps/cluster-autoscaler-status", status)
     work(cluster).apply([stateful("64")])
     assert two_cores.writes == [f"PATCH {STATEFUL}"]
+
+
+@pytest.mark.parametrize(("strategy", "fits"), [({"type": "Recreate"}, True), ({"type": "RollingUpdate"}, False)])
+def test_a_deployments_pod_leaves_its_place_where_it_goes_first(
+    two_cores: Server, cluster: Cluster, strategy: Json, fits: bool
+) -> None:
+    path = "/apis/apps/v1/namespaces/llm/deployments/gateway"
+    deployment = {**stateful("1500m"), "kind": "Deployment"}
+    deployment["spec"]["strategy"] = strategy
+    two_cores.put(path, {**stateful("1"), "kind": "Deployment"})
+    if fits:
+        work(cluster).apply([deployment])
+    else:
+        with pytest.raises(ApplyError, match="Deployment llm/gateway stays as it is"):
+            work(cluster).apply([deployment])
+    assert two_cores.writes == ([f"PATCH {path}"] if fits else [])
+
+
+def test_no_selector_and_an_empty_one_are_the_same(two_cores: Server, cluster: Cluster) -> None:
+    """Or a rerun without a change would be refused on a full cluster."""
+    deployment = {**stateful("1"), "kind": "Deployment"}
+    two_cores.put("/apis/apps/v1/namespaces/llm/deployments/gateway", {**stateful("1"), "kind": "Deployment"})
+    two_cores.put("/api/v1/namespaces/llm/pods/other-1", pod("other-1", "500m"))
+    deployment["spec"]["template"]["spec"]["nodeSelector"] = {}
+    work(cluster).apply([deployment])
 
 
 def test_a_change_that_cannot_start_is_taken_back(

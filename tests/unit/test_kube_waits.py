@@ -318,6 +318,22 @@ def test_what_a_pod_cannot_get_over(
     assert said in str(found) if said else found is None
 
 
+@pytest.mark.parametrize(
+    ("message", "patience_s"),
+    [
+        ("manifest for i:1 not found", 5),
+        ("pull access denied, repository does not exist or may require authorization", 5),
+        ("unexpected status from HEAD request: 403 Forbidden", 45),
+    ],
+)
+def test_a_refused_pull_is_tried_again_before_it_is_final(
+    server: Server, cluster: Cluster, message: str, patience_s: float
+) -> None:
+    running_set(server, "2", {"reason": "ErrImagePull", "message": message})
+    problem = pods_problem(cluster, deployment())
+    assert problem is not None and problem.patience_s == patience_s
+
+
 def test_pods_of_an_earlier_revision_do_not_matter(server: Server, cluster: Cluster) -> None:
     running_set(server, "1", {"reason": "InvalidImageName"})
     running_set(server, "2", {"reason": "ContainerCreating"})

@@ -23,6 +23,7 @@ cat <<END
 END
 """
 BINDING = "/apis/elbv2.k8s.aws/v1beta1/namespaces/rayplane/targetgroupbindings/k8s-gateway"
+CONTROLLER = "/apis/apps/v1/namespaces/kube-system/deployments/aws-load-balancer-controller"
 SECRET = "/api/v1/namespaces/kube-system/secrets/aws-load-balancer-tls"
 
 
@@ -77,3 +78,13 @@ def test_it_is_kept_and_goes_when_nothing_needs_it(server: Server, tmp_path: Pat
     del server.objects[BINDING]
     assert "changed=1" in deploy(server, tmp_path, enabled=False).stdout
     assert list(server.objects) == ["/api/v1/namespaces/kube-system"]
+
+
+def test_a_controller_of_somebody_elses_is_left_alone(server: Server, tmp_path: Path) -> None:
+    for path, name in ((CONTROLLER, "aws-load-balancer-controller"), (SECRET, "aws-load-balancer-tls")):
+        meta = {"name": name, "namespace": "kube-system", "annotations": {"meta.helm.sh/release-name": "alb"}}
+        server.put(path, {"metadata": meta})
+    refused = deploy(server, tmp_path, enabled=True)
+    assert "(Helm release alb)" in refused.stdout, refused.stdout
+    assert "Set load_balancer_controller_enabled to false to leave it alone" in refused.stdout
+    assert server.writes == []

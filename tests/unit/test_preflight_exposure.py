@@ -70,6 +70,13 @@ def test_nothing_else_makes_the_load_balancer(platform: str, warning: bool) -> N
     assert problems["gateway_load_balancer"][0] is warning
 
 
+def test_a_controller_of_somebody_elses_makes_the_load_balancer() -> None:
+    problems = found(
+        gateway_load_balancer=GOOD, load_balancer_controller_enabled=False, eks_load_balancer_controller=True
+    )
+    assert problems["gateway_load_balancer"][0] is True
+
+
 @pytest.mark.parametrize(
     ("platform", "annotations", "warning"),
     [

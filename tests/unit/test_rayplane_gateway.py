@@ -25,6 +25,7 @@ from rayplane_gateway import (
     gateway_key_entry,
     gateway_key_lines,
     gateway_objects,
+    gateway_patience,
     gateway_problems,
     gateway_secret_environment,
     gateway_secret_values,
@@ -469,6 +470,30 @@ def test_pods_fit_their_load_balancer(
     assert (found.drain_delay_s, found.keep_alive_s) == wanted
     grace = pod(load_balancer=balancer, server=given)["spec"]["terminationGracePeriodSeconds"]
     assert grace == wanted[0] + 60 + 15
+
+
+@pytest.mark.parametrize(
+    ("balancer", "volume", "ready", "patience"),
+    [
+        ({}, {}, None, 300),
+        ({}, {"size": "20Gi"}, None, 300 + 3 * 65),
+        ({"type": "alb"}, {}, 60, 300 + 3 * 60),
+        ({"type": "nlb"}, {"size": "20Gi"}, 180, 300 + 3 * (180 + 120 + 60)),
+    ],
+)
+def test_pods_are_replaced_at_the_pace_of_their_load_balancer(
+    balancer: Json, volume: Json, ready: int | None, patience: int
+) -> None:
+    given = settings(
+        load_balancer=balancer,
+        audit={"enabled": bool(volume)},
+        audit_volume=volume,
+        replicas={"min": 2, "max": 3},
+        server=DEFAULTS["gateway_server"],
+    )
+    workload = one(gateway_objects(given, VALUES), "StatefulSet" if volume else "Deployment", "gateway")
+    assert workload["spec"].get("minReadySeconds") == ready
+    assert gateway_patience(given, 300) == patience
 
 
 def test_either_an_autoscaler_or_a_number_of_replicas() -> None:

@@ -193,7 +193,14 @@ def test_pods() -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in names
 
 
-@pytest.mark.parametrize(("models", "told"), [([SMALL], False), ([LLAMA], True), ([SMALL, LLAMA], True)])
+DRAFTED = {**SMALL, "engine": {"speculative_config": {"model": "meta-llama/Llama-3.2-1B", "method": "draft_model"}}}
+TOKENIZED = {**SMALL, "engine": {"tokenizer": "meta-llama/Llama-3.1-8B"}}
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [([SMALL], False), ([LLAMA], True), ([SMALL, LLAMA], True), ([DRAFTED], True), ([TOKENIZED], True)],
+)
 def test_only_pods_that_read_from_the_hub_get_its_token(models: list[dict[str, Any]], told: bool) -> None:
     head = rayservice(models)["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
     assert ("HF_TOKEN" in [entry["name"] for entry in head["containers"][0]["env"]]) is told

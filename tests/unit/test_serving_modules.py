@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from kustomize_build import CLUSTER_SCOPED, fit, source_state
-from openai_smoke import AnswerError, ask, key_of, sane
+from openai_smoke import AnswerError, ask, forwarded, key_of, sane
 
 Json = dict[str, Any]
 
@@ -146,3 +146,13 @@ def test_the_key_is_given_or_in_a_file_or_in_a_secret(tmp_path: Path, monkeypatc
     asked: Json = {"api_key": "", "api_key_file": None, "api_key_secret": {"namespace": "n", "name": "s"}}
     assert key_of(asked) == "from-secret"
     assert key_of({**asked, "api_key_secret": {"namespace": "n", "name": "absent"}}) == ""
+
+
+def test_a_port_forward_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text("#!/bin/sh\nexec >&-\nsleep 0.2\necho 'services \"s\" not found' >&2\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("K8S_AUTH_HOST", "https://api:6443")
+    place = {"namespace": "n", "name": "s", "port": 80}
+    with pytest.raises(AnswerError, match='services "s" not found'), forwarded(str(kubectl), place):
+        pass
