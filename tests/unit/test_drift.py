@@ -282,7 +282,7 @@ def test_every_tag_that_chooses_the_images_has_them_made() -> None:
     for name, own in (("gateway.yml", "gateway"), ("ray.yml", "rayservice")):
         (task,) = [one for one in tasks if one["ansible.builtin.include_tasks"] == name]
         made = {word for condition in task["when"] for word in re.findall(r"'(\w+)'", condition)}
-        assert made == {"all", *play["tags"], "images", own}
+        assert made == {"all", "tagged", *play["tags"], "images", own}
 
 
 def test_every_play_of_drift_is_in_check_mode() -> None:
