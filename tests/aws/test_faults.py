@@ -194,7 +194,7 @@ def runs(
             "case_environment": case.environment,
         }
         for rule in case.rules:
-            rule.account = case.account.number
+            rule.account, rule.hits = case.account.number, 0
             proxy.rules.append(rule)
     (folder / "group_vars" / "all").mkdir(parents=True)
     (folder / "group_vars" / "all" / "00_shared.yml").symlink_to(ROOT / "group_vars" / "shared.yml")
