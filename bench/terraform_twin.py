@@ -477,7 +477,8 @@ class Twin:
                 body["launch_template"] = [{"id": own, "version": latest}]
             else:
                 body["disk_size"] = found.get("diskSize")
-            share = found.get("updateConfig") or {}
+            # The provider 5.100 knows no strategy.
+            share = {key: value for key, value in (found.get("updateConfig") or {}).items() if key != "updateStrategy"}
             if share:
                 body["update_config"] = [_snake(share)]
             self.add("aws_eks_node_group", f"{cluster}_{name}", body)
