@@ -351,7 +351,7 @@ class Need:
     @property
     def sequences(self) -> float:
         """How many sequences of full length the KV cache holds at a time."""
-        return (self.budget - self.total) / self.cache + 1
+        return (self.budget - self.total) / self.cache + 1 if self.cache else math.inf
 
     @property
     def tight(self) -> bool:

@@ -335,3 +335,9 @@ def test_shared_gpus_have_their_memory_once() -> None:
 def test_the_gpu_is_there_whatever_selects_it(accelerator: str, changes: dict[str, Any], told: str) -> None:
     problems = list(gpu_nodes(values(model(QWEN, accelerator), **changes)))
     assert [told in problem.reason + problem.cure for problem in problems] == ([True] if told else [])
+
+
+def test_a_model_without_a_kv_cache_holds_any_number_of_sequences() -> None:
+    """All of its layers are linear, say."""
+    found = need(replace(SHAPES["llama-3.1-8b"], head_dim=0), {"max_model_len": 1024}, GPU["h100"])
+    assert found.cache == 0 and found.fits and not found.tight
