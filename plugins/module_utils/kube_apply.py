@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from ansible.module_utils.kube_api import ApiError, Cluster, CredentialError, Json, KubeError, Resource
 from ansible.module_utils.kube_room import no_node_for, requests_of
+from ansible.module_utils.kube_serve import retry_failed
 from ansible.module_utils.kube_state import (
     READY,
     Final,
@@ -483,6 +484,25 @@ class ApplySet:
         version = next(entry["name"] for entry in spec["versions"] if entry.get("storage"))
         resource = self.cluster.resource(f"{spec['group']}/{version}", spec["names"]["kind"])
         return resource is not None and bool(self.cluster.list(resource))
+
+    def retry(self, targets: Iterable[Json]) -> None:
+        """Have Serve try again what failed with a configuration that this set did not change."""
+        for target in targets:
+            name = _target_label(target)
+            live = self._seen.get(name)
+            if target["kind"] != "RayService" or name not in self.outcome.unchanged or not live:
+                continue
+            for application in retry_failed(self.cluster, live, self.dry_run):
+                said = f"application {application} of {name}"
+                self.outcome.aligned.append(said)
+                self.outcome.diff.append(
+                    {
+                        "before_header": said,
+                        "after_header": said,
+                        "before": "status: DEPLOY_FAILED\n",
+                        "after": "status: DEPLOYING\n",
+                    }
+                )
 
     def wait(self, targets: Iterable[Json], timeout: float, evidence: Json | None = None, poll: float = 0.5) -> float:
         """Wait until every target is ready. Returns the seconds it took.

@@ -12,7 +12,7 @@ from ansible.module_utils.kube_api import ApiError, Cluster, Json, KubeError, Re
 from ansible.module_utils.kube_room import no_node_for
 
 # Serve's word for a configuration that it tried and could not run.
-_FAILED = "DEPLOY_FAILED"
+DEPLOY_FAILED = "DEPLOY_FAILED"
 # What a registry says of an image that will not come; anything else may be a network that comes back.
 _NO_IMAGE = re.compile(r"not found|not exist|unknown|invalid reference", re.IGNORECASE)
 # A new node's permissions, or a pull secret, may be a moment late: the kubelet tries again after 10 and 20 s.
@@ -106,6 +106,41 @@ def _ray_token(cluster: Cluster, rayservice: Json, ray_cluster: str) -> dict[str
     return {"X-Ray-Authorization": f"Bearer {tokens[0]}"} if tokens else {}
 
 
+def serve_config(rayservice: Json) -> Json:
+    """The declared configuration of Serve."""
+    return {"applications": [], **yaml.safe_load(rayservice["spec"].get("serveConfigV2") or "{}")}
+
+
+def ask_serve(cluster: Cluster, rayservice: Json, ray_cluster: str, config: Json | None = None) -> Json:
+    """The applications of Serve on one Ray cluster by name, through the API server's proxy to the dashboard.
+
+    With ``config`` Serve is told to run that instead. Raises ApiError.
+    """
+    namespace = rayservice["metadata"]["namespace"]
+    path = f"/api/v1/namespaces/{namespace}/services/{ray_cluster}-head-svc:8265/proxy/api/serve/applications/"
+    headers = _ray_token(cluster, rayservice, ray_cluster)
+    if config is not None:
+        cluster.request("PUT", path, config, headers=headers, raw=True)
+        return {}
+    found: Json = cluster.request("GET", path, headers=headers).get("applications", {})
+    return found
+
+
+def has_taken(deployed: Json, app: Json) -> bool:
+    """Whether what Serve says of an application is about its declared configuration."""
+    config = deployed.get("deployed_app_config") or {}
+    return all(config.get(key) == app.get(key) for key in ("args", "route_prefix"))
+
+
+def failed_deployments(deployed: Json) -> list[Json]:
+    """The deployments of an application whose replicas did not start."""
+    return [entry for entry in (deployed.get("deployments") or {}).values() if entry.get("status") == DEPLOY_FAILED]
+
+
+def any_answers(deployments: Iterable[Json]) -> bool:
+    return any(replica.get("state") == "RUNNING" for entry in deployments for replica in entry.get("replicas") or [])
+
+
 def rayservice_state(cluster: Cluster, live: Json) -> str | None:
     """A RayService is ready when its current generation serves: no upgrade under way and each declared application
     RUNNING.
@@ -119,9 +154,7 @@ def rayservice_state(cluster: Cluster, live: Json) -> str | None:
         return "the operator has not seen the change"
     pending = status.get("pendingServiceStatus") or {}
     active = status.get("activeServiceStatus") or {}
-    declared = {
-        app["name"]: app for app in yaml.safe_load(live["spec"].get("serveConfigV2") or "{}").get("applications", [])
-    }
+    declared = {app["name"]: app for app in serve_config(live)["applications"]}
     if pending.get("rayClusterName"):
         name = str(pending["rayClusterName"])
         state = _serve_state(cluster, live, name, declared, pending.get("applicationStatuses") or {})
@@ -146,12 +179,10 @@ def _serve_state(cluster: Cluster, live: Json, ray_cluster: str, declared: Json,
     ``reported`` are the statuses that the operator wrote last. They may be those of the configuration before, so a
     failure in them is final after a while only; Serve's own word on the declared configuration is final at once.
     """
-    meta = live["metadata"]
-    path = f"/api/v1/namespaces/{meta['namespace']}/services/{ray_cluster}-head-svc:8265/proxy/api/serve/applications/"
     deployed: Json | None = None
     silent = ""
     try:
-        deployed = cluster.request("GET", path, headers=_ray_token(cluster, live, ray_cluster)).get("applications", {})
+        deployed = ask_serve(cluster, live, ray_cluster)
     except ApiError as error:
         if error.status not in (401, 403):
             silent = f"Serve's dashboard does not answer yet ({error.status})"
@@ -160,17 +191,20 @@ def _serve_state(cluster: Cluster, live: Json, ray_cluster: str, declared: Json,
             said, patience_s = reported.get(name) or {}, 60.0
         else:
             said, patience_s = deployed.get(name) or {}, 3.0
-            config = said.get("deployed_app_config") or {}
-            if said and (
-                config.get("args") != app.get("args") or config.get("route_prefix") != app.get("route_prefix")
-            ):
+            if said and not has_taken(said, app):
                 return f"application {name}: Serve has not taken the new configuration yet"
         state = said.get("status", "not deployed yet")
         if state != "RUNNING":
             text = f"application {name} is {state}"
             reason = _serve_reason(said)
             text += f": {reason}" if reason else ""
-            return Final(text, patience_s) if state == _FAILED else text
+            if state != DEPLOY_FAILED:
+                return text
+            if any_answers(failed_deployments(said)):
+                cure = "its earlier replicas go on; any change of the model's entry, of env say, tries again"
+            else:
+                cure = "a rerun tries again"
+            return Final(f"{text} ({cure})", patience_s)
     return silent or None
 
 

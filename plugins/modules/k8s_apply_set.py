@@ -145,7 +145,7 @@ updated:
   type: list
   returned: always
 aligned:
-  description: Derived objects that were repaired.
+  description: Derived objects that were repaired, and failed applications of Serve that were tried again.
   type: list
   returned: always
 pruned:
@@ -219,6 +219,7 @@ def main() -> None:
             work.apply(objects, adopt=given["adopt"], hint=given["adopt_hint"])
             work.align(given["align"])
             work.prune(given["prune_kinds"], keep=objects, protected=given["protected"])
+            work.retry(given["wait_for"])
             if not module.check_mode:
                 waited = work.wait(given["wait_for"], given["wait_timeout"], given["evidence"])
         else:

@@ -260,7 +260,8 @@ def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers
                     answers.append({**ask(client, model), "url": url})
                     break
                 except (openai.OpenAIError, httpx.HTTPError, AnswerError) as error:
-                    wrong += isinstance(error, AnswerError)
+                    # 400 and 422 are about the request: a model without a chat template, say.
+                    wrong += isinstance(error, (AnswerError, openai.BadRequestError, openai.UnprocessableEntityError))
                     if wrong >= WRONG_ANSWERS:
                         raise WrongAnswerError(f"model {model['id']} at {url}: {error}") from error
                     if time.monotonic() > deadline:

@@ -12,6 +12,7 @@ import yaml
 from ansible.module_utils.kube_api import Cluster, Connection, connection_from_environment
 from ansible.module_utils.kube_apply import ApplyError, ApplySet
 from ansible.module_utils.kube_room import no_node_for, quantity, requests_of, tolerates
+from ansible.module_utils.kube_serve import retry_failed
 from ansible.module_utils.kube_state import (
     Final,
     daemonset_state,
@@ -218,7 +219,7 @@ def test_a_failed_application_ends_the_wait_with_its_last_line(server: Server, c
         work(cluster).wait([RAY_TARGET], 60, poll=0.1)
     assert str(caught.value).splitlines()[0] == (
         "cannot become ready: RayService llm/r: application a is DEPLOY_FAILED: "
-        "ValueError: Unknown engine argument: no_such_argument"
+        "ValueError: Unknown engine argument: no_such_argument (a rerun tries again)"
     )
 
 
@@ -236,7 +237,66 @@ def test_a_deployments_reason_is_told_rather_than_the_applications(server: Serve
         "LLMServer": {"status": "DEPLOY_FAILED", "message": error},
     }
     server.put(PROXY, answer)
-    assert rayservice_state(cluster, service()) == "application a is DEPLOY_FAILED: RuntimeError: Engine core failed"
+    said = "application a is DEPLOY_FAILED: RuntimeError: Engine core failed"
+    assert rayservice_state(cluster, service()) == f"{said} (a rerun tries again)"
+    answer["applications"]["a"]["deployments"]["LLMServer"]["replicas"] = [{"state": "RUNNING"}]
+    assert str(rayservice_state(cluster, service())).startswith(f"{said} (its earlier replicas go on")
+
+
+class Serve(Cluster):
+    """Serve with these applications; ``told`` are the names in each configuration that it was given."""
+
+    def __init__(self, applications: Json) -> None:
+        self.applications = applications
+        self.told: list[list[str]] = []
+
+    def request(self, method: str, path: str, body: Any = None, query: Any = None, **options: Any) -> Any:
+        if method == "PUT":
+            self.told.append([app["name"] for app in body["applications"]])
+            self.applications = {name: app for name, app in self.applications.items() if name in self.told[-1]}
+        return {"applications": self.applications}
+
+
+BUILD_FAILED = failed(TRACEBACK)["applications"]["a"]
+NO_REPLICA = BUILD_FAILED | {"deployments": {"LLMServer": {"status": "DEPLOY_FAILED", "replicas": []}}}
+OLD_REPLICA = BUILD_FAILED | {
+    "deployments": {"LLMServer": {"status": "DEPLOY_FAILED", "replicas": [{"state": "RUNNING"}]}}
+}
+
+
+@pytest.mark.parametrize(
+    ("applications", "told"),
+    [
+        ({"a": BUILD_FAILED}, [["a"]]),
+        ({"a": NO_REPLICA}, [[], ["a"]]),
+        ({"a": OLD_REPLICA}, []),
+        ({}, [["a"]]),
+        ({"a": BUILD_FAILED | {"status": "RUNNING"}}, []),
+        (failed(TRACEBACK, n=0)["applications"], []),
+    ],
+    ids=["not built", "no replica", "an old replica answers", "lost", "runs", "an earlier configuration's failure"],
+)
+def test_a_rerun_tries_a_failed_application_again(applications: Json, told: list[list[str]]) -> None:
+    cluster = Serve(applications)
+    again = retry_failed(cluster, service(), dry_run=True)
+    assert again == (["a"] if told else []) and not cluster.told
+    assert retry_failed(cluster, service()) == again and cluster.told == told
+
+
+def test_a_rerun_reports_what_it_tries_again(server: Server, cluster: Cluster) -> None:
+    server.kinds["ray.io/v1"] = {"RayService": ("rayservices", True)}
+    path = "/apis/ray.io/v1/namespaces/llm/rayservices/r"
+    item = {"apiVersion": "ray.io/v1", "kind": "RayService", **service()}
+    server.put("/api/v1/namespaces/llm", {"metadata": {"name": "llm"}})
+    server.put(PROXY, failed(TRACEBACK))
+    work(cluster).apply([item])
+    server.objects[path]["status"] = item["status"]
+    for expected in (["application a of RayService llm/r"], []):
+        again = ApplySet(cluster, LABELS, "rayplane", dry_run=True)
+        again.apply([item])
+        again.retry([RAY_TARGET])
+        assert again.outcome.aligned == expected
+        server.put(PROXY, {"applications": {"a": {"status": "DEPLOYING"}}})
 
 
 def test_credentials_that_stay_refused_end_the_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
