@@ -23,10 +23,9 @@ import ansible.module_utils
 from ansible.errors import AnsibleFilterError
 
 # On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
-if _SHARED_CODE not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(_SHARED_CODE)
+ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
 
+from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 
 __all__ = ["FilterModule", "cost_json", "cost_report", "cost_table", "cost_total", "cost_total_table"]
@@ -43,9 +42,6 @@ TOTALS = ("declared", "on_demand", "spot")
 # "Instance types"; true of all types in the price table).
 _SMALL = {"nano": 2, "micro": 2, "small": 2, "medium": 2, "large": 2}
 _TYPE = re.compile(r"(?P<category>[a-z]+)(?P<generation>\d+)(?P<rest>[a-z-]*)\.(?P<size>[a-z0-9-]+)\Z")
-_QUANTITY = re.compile(r"([0-9.]+)(m|k|Ki|[MGT]i?|)\Z")
-_UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNITS |= {f"{unit}i": 1024.0 ** (power + 1) for power, unit in enumerate("KMGT")}
 
 
 def _decimal(value: Any, what: str) -> Decimal:
@@ -60,13 +56,6 @@ def _decimal(value: Any, what: str) -> Decimal:
 
 def _cents(amount: Decimal) -> Decimal:
     return amount.quantize(CENT, ROUND_HALF_UP)
-
-
-def _quantity(value: Any) -> float:
-    match = _QUANTITY.fullmatch(str(value).strip())
-    if not match:
-        raise AnsibleFilterError(f"{value!r} is no Kubernetes quantity (examples: 4, 300m, 16Gi)")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def _vcpus(instance_type: str) -> int:
@@ -228,7 +217,7 @@ def _pool_room(limits: Mapping[str, Any], kind: str, prices: _Prices) -> int | N
     """Nodes of one type that a NodePool's limits allow; None where they say nothing of it. Memory is left out."""
     room: list[int] = []
     if "cpu" in limits and _vcpus(kind):
-        room.append(int(_quantity(limits["cpu"]) // _vcpus(kind)))
+        room.append(int(quantity(limits["cpu"]) // _vcpus(kind)))
     if "nvidia.com/gpu" in limits and prices.gpus.get(kind):
         room.append(int(limits["nvidia.com/gpu"]) // int(prices.gpus[kind]))
     return min(room, default=None)
@@ -282,7 +271,7 @@ def _nodes(
 
     A lower bound: what the system itself takes of a node, and memory, are left out.
     """
-    nodes, spare = 0, _quantity(ray["head_cpu"]) if not gpu else 0.0
+    nodes, spare = 0, quantity(ray["head_cpu"]) if not gpu else 0.0
     for group in ray["groups"]:
         each = int(group.get("gpu", 0))
         pods = math.ceil(int(group[bound]) * percent / 100)
@@ -292,7 +281,7 @@ def _nodes(
                 return None
             nodes += math.ceil(pods / on_one)
         elif not gpu and not each:
-            spare += pods * _quantity(group["cpu"])
+            spare += pods * quantity(group["cpu"])
     if not gpu:
         capacity = _vcpus(kind)
         return math.ceil(spare / capacity) if capacity else None

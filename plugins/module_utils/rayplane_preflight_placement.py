@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ansible.module_utils.kube_room import quantity, tolerates
+from ansible.module_utils.kube_quantity import quantity
+from ansible.module_utils.kube_room import tolerates
 from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 from ansible.module_utils.rayplane_instances import Machine, machine, room
@@ -74,10 +75,9 @@ def placement(values: Values) -> Iterator[Problem]:
         return
     if values.get("platform_autoscaler") == "karpenter":
         return
-    refused = filters("rayplane_serve").AnsibleFilterError
     try:
         found = list(_beside_nodes(values))
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, refused):
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
         return  # a wrong type or no quantity, which the argument spec or the rules of models tell
     yield from found
 
