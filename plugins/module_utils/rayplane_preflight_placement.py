@@ -15,10 +15,9 @@ from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.kube_room import tolerates
 from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
-from ansible.module_utils.rayplane_instances import Machine, machine, room
+from ansible.module_utils.rayplane_instances import Machine, gpus_of_instance, machine, room
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_nodes import filters
-from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
 __all__ = ["placement"]

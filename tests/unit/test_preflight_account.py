@@ -14,6 +14,7 @@ import aws_account
 import pytest
 from ansible.module_utils import rayplane_preflight_account as account
 from ansible.module_utils.rayplane_aws import Changes
+from ansible.module_utils.rayplane_instances import vcpus_of
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_hub import check_hub, known_gated
 from aws_fake import FakeClient, refusal
@@ -159,7 +160,7 @@ def test_spot_has_its_own_quota_and_groups_of_a_kind_add_up() -> None:
 )
 def test_what_a_machine_counts(kind: str, vcpus: int | None, code: str | None) -> None:
     quota = account.family_of(kind, spot=False)
-    assert (account.vcpus_of(kind), quota and quota.code) == (vcpus, code)
+    assert (vcpus_of(kind), quota and quota.code) == (vcpus, code)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.module_utils.rayplane_instances import gpus_of_instance
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
-from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_rules import RULES, check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options
 from ansible.module_utils.rayplane_preflight_values import DNS_LABEL, as_label, bucket_name_problem, quantity_problem
