@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.rayplane_gpus import GPUS, Gpu, ray_name
-from ansible.module_utils.rayplane_memory import shape_of
+from ansible.module_utils.rayplane_memory import config_of, shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
 from ansible.module_utils.rayplane_preflight_memory import model_gpu
 from ansible.module_utils.rayplane_preflight_specs import KINDS, from_text, name_of
-from ansible.module_utils.rayplane_preflight_values import Values, bucket_name_problem, entries_of, strings, whole
+from ansible.module_utils.rayplane_preflight_values import (
+    Values,
+    bounds,
+    bucket_name_problem,
+    entries_of,
+    strings,
+    whole,
+)
 
 __all__ = ["check_type", "engines", "serving_release"]
 
@@ -403,7 +410,7 @@ def _on_accelerator(
             f"{kind} weights need {least / 10}, and {has}",
             "take weights that are quantized in another way (gptq runs from 6.0 on), or a newer GPU",
         )
-    own = _config(entry.get("source")).get("quantization_config")
+    own = config_of(entry.get("source")).get("quantization_config")
     own = own.get("quant_method") if isinstance(own, Mapping) else None
     if isinstance(method, str) and isinstance(own, str) and _family(own) != _family(method):
         yield Problem(
@@ -435,20 +442,9 @@ def _family(method: str) -> str:
 def _no_float16(source: Any, release: Mapping[str, Any]) -> str:
     """The model's type where it does not work in float16, by its config.json or its name; else empty."""
     kinds = release.get("no_float16", ())
-    own = _config(source).get("model_type")
+    own = config_of(source).get("model_type")
     name = re.sub(r"[^a-z0-9]", "", source.lower()) if isinstance(source, str) else ""
     return next((kind for kind in kinds if kind == own or (own is None and kind in name)), "")
-
-
-def _config(source: Any) -> Mapping[str, Any]:
-    """A local model's config.json; empty for any other."""
-    if not isinstance(source, str) or not source.startswith(("/", "~", "./", "../")):
-        return {}
-    try:
-        found = json.loads((Path(source).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _heads(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Problem]:
@@ -495,6 +491,11 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     replicas, deployment = entry.get("replicas"), entry.get("deployment")
     deployment = deployment if isinstance(deployment, Mapping) else {}
     own = deployment.get("autoscaling_config")
+    if isinstance(replicas, Mapping):
+        yield from bounds(f"{path}.replicas", replicas.get("min"), replicas.get("max"))
+    if isinstance(own, Mapping):
+        names = "min_replicas", "max_replicas"
+        yield from bounds(f"{path}.deployment.autoscaling_config", *map(own.get, names), names)
     found: dict[str, tuple[str, Any]] = {}
     for name, place in (("min", "min_replicas"), ("max", "max_replicas"), ("initial", "initial_replicas"),
                         ("target_ongoing_requests", "target_ongoing_requests")):  # fmt: skip
@@ -521,8 +522,16 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             "write 10, for example: how many requests a replica works on before another is added",
             warning=True,
         )
+    number = isinstance(target, int | float) and not isinstance(target, bool)
+    if number and target <= 0:
+        yield Problem(
+            where,
+            target,
+            "a replica's load is measured against it, so it is above 0",
+            "write 10, for example",
+        )
     most: Any = deployment.get("max_ongoing_requests")
-    if whole(most) and isinstance(target, int | float) and not isinstance(target, bool) and target > most > 0:
+    if number and whole(most) and target > most > 0:
         yield Problem(
             where,
             target,

@@ -11,6 +11,7 @@ from typing import Any
 from ansible.module_utils.rayplane_gpus import ray_name
 from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
+from ansible.module_utils.rayplane_preflight_hub import hub_models
 from ansible.module_utils.rayplane_preflight_values import (
     DNS_1035_LABEL,
     DNS_LABEL,
@@ -63,7 +64,6 @@ def models(values: Values) -> Iterator[Problem]:
         yield from _model_id(path, entry.get("id", ABSENT), seen)
         yield from _model_source(path, entry)
         yield from _model_route(path, entry.get("route_prefix"), routes)
-        yield from _model_replicas(path, entry)
         yield from _model_resources(path, entry)
         yield from _model_engine(path, entry)
         yield from _model_deployment(path, entry)
@@ -139,22 +139,6 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             source,
             "it is neither a hub id (organisation/model) nor a folder nor an address",
             "write organisation/model, a path that starts with / or ./, or an address such as s3://bucket/path",
-        )
-
-
-def _model_replicas(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    replicas = entry.get("replicas")
-    if not isinstance(replicas, Mapping):
-        return
-    where = f"{path}.replicas"
-    yield from bounds(where, replicas.get("min"), replicas.get("max"))
-    target = replicas.get("target_ongoing_requests")
-    if isinstance(target, int | float) and not isinstance(target, bool) and target <= 0:
-        yield Problem(
-            f"{where}.target_ongoing_requests",
-            target,
-            "a replica's load is measured against it, so it is above 0",
-            "write 10, for example",
         )
 
 
@@ -283,14 +267,6 @@ def _model_deployment(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
                 "Ray Serve LLM refuses placement groups among the deployment's options",
                 "delete it; Serve builds one bundle a GPU from the engine's parallelism",
             )
-    autoscaling = deployment.get("autoscaling_config")
-    if isinstance(autoscaling, Mapping):
-        yield from bounds(
-            f"{where}.autoscaling_config",
-            autoscaling.get("min_replicas"),
-            autoscaling.get("max_replicas"),
-            ("min_replicas", "max_replicas"),
-        )
 
 
 def operator(values: Values) -> Iterator[Problem]:
@@ -433,17 +409,11 @@ def secrets(values: Values) -> Iterator[Problem]:
             "a Hugging Face token starts with hf_ and goes on with 20 letters and digits or more",
             "copy it again from the account's settings; look for quotes and blanks around it",
         )
-    elif token in (None, "") and name in values:
-        hub = [
-            str(entry["source"])
-            for _, entry in entries_of(values, "rayservice_models")
-            if isinstance(entry.get("source"), str) and HUB_ID.fullmatch(entry["source"])
-        ]
-        if hub:
-            yield Problem(
-                name,
-                ABSENT,
-                f"no Hugging Face token: gated models cannot be fetched (from the hub: {', '.join(hub)})",
-                "set HUGGING_FACE_HUB_TOKEN in the environment, if one of them is gated",
-                warning=True,
-            )
+    elif token in (None, "") and name in values and (hub := [source for _, source in hub_models(values)]):
+        yield Problem(
+            name,
+            ABSENT,
+            f"no Hugging Face token: gated models cannot be fetched (from the hub: {', '.join(hub)})",
+            "set HUGGING_FACE_HUB_TOKEN in the environment, if one of them is gated",
+            warning=True,
+        )

@@ -91,6 +91,7 @@ def test_a_folder_tells_its_shape_and_the_size_of_its_files(tmp_path: Path) -> N
     assert need(shape, {"tensor_parallel_size": 2}, GPU["l4"]).weights == 3.5 * GIB
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert shape_of(str(tmp_path)) is None
+    assert shape_of("~nobody-of-this-name/model") is None
 
 
 def test_the_sum_is_what_vllm_logs() -> None:
