@@ -44,6 +44,8 @@ _GATES_OF_1_7 = frozenset(
 _LONGEST_RAYSERVICE_NAME = 47
 #: Parameters of `ray start` that declare resources, and the group's own keys for them.
 _GROUP_KEYS = {"num-cpus": "ray_cpus", "num-gpus": "gpu", "memory": "memory", "resources": "ray_resources"}
+#: vLLM then takes lengths above the model's own.
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _MODEL_SCHEMES = ("s3", "gs", "abfs", "abfss", "hf")
 
 
@@ -65,7 +67,7 @@ def models(values: Values) -> Iterator[Problem]:
         yield from _model_source(path, entry)
         yield from _model_route(path, entry.get("route_prefix"), routes)
         yield from _model_resources(path, entry)
-        yield from _model_engine(path, entry)
+        yield from _model_engine(path, entry, values.get("rayservice_env"))
         yield from _model_deployment(path, entry)
 
 
@@ -162,7 +164,7 @@ def _model_resources(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _model_engine(path: str, entry: Mapping[str, Any], common: Any) -> Iterator[Problem]:
     engine = entry.get("engine")
     if not isinstance(engine, Mapping):
         return
@@ -188,7 +190,7 @@ def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             "write 0.9, for example",
         )
     yield from _parallelism(path, entry, engine)
-    yield from _lengths(where, entry, engine)
+    yield from _lengths(where, entry, engine, common)
     for name in ("model", "served_model_name"):
         if name in engine:
             yield Problem(
@@ -222,7 +224,7 @@ def _parallelism(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
         )
 
 
-def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Problem]:
+def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any], common: Any) -> Iterator[Problem]:
     length: Any = engine.get("max_model_len")
     batched: Any = engine.get("max_num_batched_tokens")
     if not whole(length) or length < 1:
@@ -234,7 +236,8 @@ def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) ->
             f"without chunked prefill a whole prompt must fit in one batch, and max_model_len is {length}",
             f"write {length} or more, or set enable_chunked_prefill to true",
         )
-    if "hf_overrides" in engine:
+    known = (env for env in (entry.get("env"), common) if isinstance(env, Mapping) and _LONGER in env)
+    if "hf_overrides" in engine or str(next(known, {}).get(_LONGER)).strip().lower() in ("1", "true"):
         return
     shape = shape_of(entry.get("source"))
     if shape and length > shape.length:
