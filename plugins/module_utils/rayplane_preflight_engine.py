@@ -19,7 +19,7 @@ from typing import Any
 
 from ansible.module_utils.rayplane_gpus import GPUS, Gpu, ray_name
 from ansible.module_utils.rayplane_memory import config_of, shape_of
-from ansible.module_utils.rayplane_preflight import ABSENT, Problem
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem, step
 from ansible.module_utils.rayplane_preflight_memory import model_gpu
 from ansible.module_utils.rayplane_preflight_specs import KINDS, from_text, name_of
 from ansible.module_utils.rayplane_preflight_values import (
@@ -132,7 +132,7 @@ def engines(values: Values) -> Iterator[Problem]:
         yield from _in_image(path, entry, values.get("rayservice_image"), gpu)
         yield from _heads(path, entry, engine)
         yield from _lora(path, entry, engine)
-        yield from _scaling(path, entry)
+        yield from _scaling(path, entry, values)
 
 
 def check_type(path: str, value: Any, said: Any, owner: str) -> Iterator[Problem]:
@@ -486,7 +486,7 @@ def _lora(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Ite
         )
 
 
-def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _scaling(path: str, entry: Mapping[str, Any], values: Values) -> Iterator[Problem]:
     """Bounds of Serve's autoscaling, of the model's ``replicas`` or its deployment's ``autoscaling_config``."""
     replicas, deployment = entry.get("replicas"), entry.get("deployment")
     deployment = deployment if isinstance(deployment, Mapping) else {}
@@ -539,11 +539,13 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             f"write {max(1, most * 3 // 4)}, for example, or raise max_ongoing_requests",
         )
     if whole(low) and low == 0 and "min" in found:
+        first = step(step(values.get("gateway_backend_defaults"), "timeouts"), "first_token_s")
         yield Problem(
             found["min"][0],
             0,
             "with no replica the first caller waits for a GPU node, its image and the weights: 5 to 15 minutes, of"
-            " which the gateway waits timeouts.first_token_s (120 s) and Serve rayservice_request_timeout_s",
+            f" which the gateway waits {120 if first is ABSENT else first} s (gateway_backend_defaults.timeouts."
+            f"first_token_s) and Serve {values.get('rayservice_request_timeout_s')} s (rayservice_request_timeout_s)",
             "write 1, or mean it: callers get 504 until a replica runs, and have to ask again",
             warning=True,
         )
