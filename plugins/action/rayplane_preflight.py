@@ -245,7 +245,7 @@ class _Cluster:
         if given and not problems and ask_cluster:
             yield from live.check_cluster(path, context)
         yield from hub.check_hub(values)
-        yield from live.check_model_folders(values.get("rayservice_models"))
+        yield from live.check_model_folders(values)
         if "embedded" not in self._variables.get("group_names", ()):
             yield from check_images(values)
 

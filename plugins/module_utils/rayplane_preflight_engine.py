@@ -252,12 +252,13 @@ def _format(
                 "name a repository with weights in safetensors; a branch or commit is the model's revision",
             )
     if load_format in ("pt", "npcache"):
-        pattern = next((one for one in ignored if fnmatch.fnmatch("pytorch_model.bin", one)), None)
+        ending = ".pt" if load_format == "pt" else ".bin"
+        pattern = next((one for one in ignored if fnmatch.fnmatch(f"model{ending}", one)), None)
         if pattern:
             yield Problem(
                 f"{path}.engine.load_format",
                 load_format,
-                f"it loads .bin files, and models_ignore ({pattern}) leaves them out of what is brought to the bucket",
+                f"it loads {ending} files, and models_ignore ({pattern}) keeps them from the bucket",
                 f"convert the weights to safetensors and delete load_format, or take {pattern} out of models_ignore",
             )
 

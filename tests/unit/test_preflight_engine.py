@@ -86,7 +86,7 @@ def gpu(name: str, number: int = 1) -> dict[str, Any]:
         ({"data_parallel_size": 2}, "data_parallel_size", "other 1 ranks", "replicas.min to 2"),
         ({"enable_auto_tool_choice": True}, "enable_auto_tool_choice", "without tool_call_parser", "hermes"),
         ({"max_num_seqs": 512, "max_num_batched_tokens": 256}, "max_num_batched_tokens", "which is 512", "512 or more"),
-        ({"load_format": "pt"}, "load_format", "models_ignore (*.bin)", "safetensors"),
+        ({"load_format": "npcache"}, "load_format", ".bin files, and models_ignore (*.bin)", "safetensors"),
     ],
 )
 def test_an_engine_that_cannot_start(engine: dict[str, Any], key: str, reason: str, cure: str) -> None:
