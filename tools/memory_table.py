@@ -14,9 +14,7 @@ import ansible.module_utils
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-_SHARED_CODE = str(ROOT / "plugins/module_utils")
-if _SHARED_CODE not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(_SHARED_CODE)
+ansible.module_utils.__path__.append(str(ROOT / "plugins/module_utils"))
 
 from ansible.module_utils.rayplane_memory import GIB, need, shape_of
 from ansible.module_utils.rayplane_preflight_memory import model_gpu

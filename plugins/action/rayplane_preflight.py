@@ -32,9 +32,7 @@ from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
 
 # On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
-if _SHARED_CODE not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(_SHARED_CODE)
+ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from ansible.module_utils import rayplane_preflight_access as access
 from ansible.module_utils import rayplane_preflight_environment as environment
@@ -247,7 +245,7 @@ class _Cluster:
         if given and not problems and ask_cluster:
             yield from live.check_cluster(path, context)
         yield from hub.check_hub(values)
-        yield from live.check_model_folders(values.get("rayservice_models"))
+        yield from live.check_model_folders(values)
         if "embedded" not in self._variables.get("group_names", ()):
             yield from check_images(values)
 

@@ -23,11 +23,11 @@ import ansible.module_utils
 from ansible.errors import AnsibleFilterError
 
 # On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
-if _SHARED_CODE not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(_SHARED_CODE)
+ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
 
+from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
+from ansible.module_utils.rayplane_instances import gpus_of_instance, vcpus_of
 
 __all__ = ["FilterModule", "cost_json", "cost_report", "cost_table", "cost_total", "cost_total_table"]
 
@@ -39,13 +39,7 @@ CENT = Decimal("0.01")
 ZERO: Triple = (Decimal(0), Decimal(0), Decimal(0))
 TOTALS = ("declared", "on_demand", "spot")
 
-# Sizes that are no multiple of xlarge. Every other size is: xlarge has 4 vCPUs, 2xlarge 8 (EC2 user guide,
-# "Instance types"; true of all types in the price table).
-_SMALL = {"nano": 2, "micro": 2, "small": 2, "medium": 2, "large": 2}
 _TYPE = re.compile(r"(?P<category>[a-z]+)(?P<generation>\d+)(?P<rest>[a-z-]*)\.(?P<size>[a-z0-9-]+)\Z")
-_QUANTITY = re.compile(r"([0-9.]+)(m|k|Ki|[MGT]i?|)\Z")
-_UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNITS |= {f"{unit}i": 1024.0 ** (power + 1) for power, unit in enumerate("KMGT")}
 
 
 def _decimal(value: Any, what: str) -> Decimal:
@@ -62,28 +56,12 @@ def _cents(amount: Decimal) -> Decimal:
     return amount.quantize(CENT, ROUND_HALF_UP)
 
 
-def _quantity(value: Any) -> float:
-    match = _QUANTITY.fullmatch(str(value).strip())
-    if not match:
-        raise AnsibleFilterError(f"{value!r} is no Kubernetes quantity (examples: 4, 300m, 16Gi)")
-    return float(match[1]) * _UNITS[match[2]]
-
-
-def _vcpus(instance_type: str) -> int:
-    """vCPUs of an instance type, from its name: ``g4dn.2xlarge`` has 8."""
-    size = instance_type.partition(".")[2]
-    if size in _SMALL:
-        return 1 if size == "medium" and "g" in instance_type.partition(".")[0][2:] else _SMALL[size]
-    times = size.removesuffix("xlarge")
-    return 4 * int(times or 1) if times.isdigit() or size == "xlarge" else 0
-
-
 class _Prices:
     """The price table of one region, with what the inventory adds, and every price that was asked for in vain."""
 
     def __init__(self, table: Mapping[str, Any], extra: Mapping[str, Any], region: str) -> None:
         self.region = region
-        self.gpus: Json = dict(table.get("gpus") or {})
+        self._gpus: Json = {}
         known = (table.get("regions") or {}).get(region) or {}
         given = extra.get(region) or {}
         unknown = sorted(set(given) - {"instances", "services"})
@@ -97,8 +75,12 @@ class _Prices:
         for name, entry in (given.get("instances") or {}).items():
             self.instances[name] = self.instances.get(name, {}) | dict(entry)
             if "gpus" in entry:
-                self.gpus[name] = entry["gpus"]
+                self._gpus[name] = entry["gpus"]
         self.missing: list[str] = []
+
+    def gpus(self, kind: str) -> int:
+        """NVIDIA GPUs of an instance type."""
+        return int(self._gpus.get(kind, gpus_of_instance(kind)) or 0)
 
     def service(self, name: str, item: str) -> Decimal | None:
         """USD for one unit of a service, or None, which is noted."""
@@ -204,7 +186,7 @@ def _pool_types(pool: Mapping[str, Any], prices: _Prices) -> list[str]:
     found = []
     for kind in prices.instances:
         match = _TYPE.fullmatch(kind)
-        if not match or not _vcpus(kind):
+        if not match or not vcpus_of(kind):
             continue
         family = kind.partition(".")[0]
         arm = "g" in match["rest"]
@@ -214,7 +196,7 @@ def _pool_types(pool: Mapping[str, Any], prices: _Prices) -> list[str]:
             and (not pool.get("instance_sizes") or match["size"] in pool["instance_sizes"])
             and int(match["generation"]) >= int(pool.get("min_generation") or 0)
             and ("arm64" if arm else "amd64") in (pool.get("architectures") or ["amd64"])
-            and (pool.get("accelerator") != "nvidia" or prices.gpus.get(kind))
+            and (pool.get("accelerator") != "nvidia" or prices.gpus(kind))
         ):
             found.append(kind)
     return found
@@ -227,10 +209,10 @@ def _pool_market(pool: Mapping[str, Any]) -> str:
 def _pool_room(limits: Mapping[str, Any], kind: str, prices: _Prices) -> int | None:
     """Nodes of one type that a NodePool's limits allow; None where they say nothing of it. Memory is left out."""
     room: list[int] = []
-    if "cpu" in limits and _vcpus(kind):
-        room.append(int(_quantity(limits["cpu"]) // _vcpus(kind)))
-    if "nvidia.com/gpu" in limits and prices.gpus.get(kind):
-        room.append(int(limits["nvidia.com/gpu"]) // int(prices.gpus[kind]))
+    if "cpu" in limits and (vcpus := vcpus_of(kind)):
+        room.append(int(quantity(limits["cpu"]) // vcpus))
+    if "nvidia.com/gpu" in limits and (gpus := prices.gpus(kind)):
+        room.append(int(limits["nvidia.com/gpu"]) // gpus)
     return min(room, default=None)
 
 
@@ -282,19 +264,19 @@ def _nodes(
 
     A lower bound: what the system itself takes of a node, and memory, are left out.
     """
-    nodes, spare = 0, _quantity(ray["head_cpu"]) if not gpu else 0.0
+    nodes, spare = 0, quantity(ray["head_cpu"]) if not gpu else 0.0
     for group in ray["groups"]:
         each = int(group.get("gpu", 0))
         pods = math.ceil(int(group[bound]) * percent / 100)
         if gpu and each:
-            on_one = int(prices.gpus.get(kind, 0)) // each
+            on_one = prices.gpus(kind) // each
             if not on_one:
                 return None
             nodes += math.ceil(pods / on_one)
         elif not gpu and not each:
-            spare += pods * _quantity(group["cpu"])
+            spare += pods * quantity(group["cpu"])
     if not gpu:
-        capacity = _vcpus(kind)
+        capacity = vcpus_of(kind)
         return math.ceil(spare / capacity) if capacity else None
     return nodes
 
@@ -364,7 +346,7 @@ def _home(
         neuron = kind.startswith(("inf", "trn"))
         if named and gpu_of_instance(kind) not in named:
             return False
-        return bool(prices.gpus.get(kind)) == gpu and not neuron and _nodes(ray, kind, prices, "max", gpu) is not None
+        return bool(prices.gpus(kind)) == gpu and not neuron and _nodes(ray, kind, prices, "max", gpu) is not None
 
     for group in cluster["node_groups"]:
         types = [str(kind) for kind in group.get("instance_types") or []]

@@ -27,13 +27,11 @@ from typing import Any
 
 import ansible.module_utils
 import yaml
-from ansible.errors import AnsibleFilterError
 
 # On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-_SHARED_CODE = str(Path(__file__).resolve().parents[1] / "module_utils")
-if _SHARED_CODE not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(_SHARED_CODE)
+ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
 
+from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.rayplane_gpus import label_value, ray_name
 
 Json = dict[str, Any]
@@ -43,18 +41,6 @@ SERVE_PORT = 8000
 # What a pod asks of Kubernetes for a GPU, unless it wants a slice of one or a shared one.
 GPU_RESOURCE = "nvidia.com/gpu"
 _REMOTE = re.compile(r"(s3|gs|abfss?|azure)://")
-_QUANTITY = re.compile(r"([0-9.]+)(m|k|Ki|[MGTP]i?|)\Z")
-_UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_UNITS |= {f"{unit}i": 1024.0 ** (power + 1) for power, unit in enumerate("KMGTP")}
-
-
-def quantity(value: Any) -> float:
-    """A Kubernetes quantity ("300m", "16Gi", 4) as a number: cores or bytes. Raises AnsibleFilterError on anything
-    else."""
-    match = _QUANTITY.fullmatch(str(value).strip())
-    if not match:
-        raise AnsibleFilterError(f"{value!r} is no Kubernetes quantity (examples: 4, 300m, 16Gi)")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:

@@ -6,28 +6,13 @@ it, so a node in doubt is taken to be fit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Any
 
 from ansible.module_utils.kube_api import ApiError, Cluster, Json, Resource
+from ansible.module_utils.kube_quantity import quantity
 
-_UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3} | {
-    f"{unit}{suffix}": base**power
-    for suffix, base in (("", 1000.0), ("i", 1024.0))
-    for power, unit in ((1, "K"), (2, "M"), (3, "G"), (4, "T"), (5, "P"), (6, "E"))
-    if unit + suffix != "K"
-}
 _NODE = Resource("v1", "Node", "nodes", False)
 _POD = Resource("v1", "Pod", "pods", True)
-
-
-def quantity(value: Any) -> float:
-    """A Kubernetes quantity (``300m``, ``16Gi``, 4) as a number: cores, bytes or pieces. Raises ValueError."""
-    match = re.fullmatch(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)([a-zA-Z]*)\s*", str(value))
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{value!r} is no Kubernetes quantity (examples: 4, 300m, 16Gi)")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def requests_of(spec: Json) -> dict[str, float]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,13 @@ S3_ADDRESS = re.compile(r"s3://(?P<bucket>[^/]+)/?(?P<prefix>.*)\Z")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _CHUNK = 8 * 1024 * 1024
+#: Endings of the weights that a load format of vLLM reads; the others read safetensors.
+_WEIGHTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("auto", "hf"), (".safetensors", ".bin", ".pt")),
+    **dict.fromkeys(("dummy", "modelexpress", "tensorizer"), ()),
+    **{"npcache": (".bin", ".pt"), "pt": (".pt",)},
+}
+_OF_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
 
 class ModelError(Exception):
@@ -119,8 +126,20 @@ class ChecksumCache:
         temporary.replace(self.path)
 
 
-def _skipped(name: str, ignore: Sequence[str]) -> bool:
+def skipped(name: str, ignore: Sequence[str]) -> bool:
+    """Whether a file is left out by one of the patterns."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in ignore)
+
+
+def has_weights(engine: Any, names: Iterable[str]) -> bool:
+    """Whether vLLM with the arguments ``engine`` finds weights among a model's files. Source: vLLM 0.29,
+    model_executor/model_loader/default_loader.py, DefaultModelLoader._prepare_weights.
+    """
+    chosen = engine.get("load_format") if isinstance(engine, Mapping) else None
+    endings = _WEIGHTS.get(str(chosen or "auto"), (".safetensors",))
+    return not endings or any(
+        name.endswith(endings) and "/" not in name and not name.endswith(_OF_TRAINING) for name in names
+    )
 
 
 def folder_files(folder: Path, cache: ChecksumCache, ignore: Sequence[str] = ()) -> list[tuple[File, Path]]:
@@ -130,7 +149,7 @@ def folder_files(folder: Path, cache: ChecksumCache, ignore: Sequence[str] = ())
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    chosen = [(name, path) for name, path in paths if not _skipped(name, ignore)]
+    chosen = [(name, path) for name, path in paths if not skipped(name, ignore)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         sums = list(pool.map(lambda entry: cache.sha256(entry[1]), chosen))
     return [(File(name, path.stat().st_size, digest), path) for (name, path), digest in zip(chosen, sums, strict=True)]
@@ -228,6 +247,12 @@ class Syncer:
         source = self._source(model)
         if not source.files:
             raise ModelError(f"model {model['id']}: {model['source']} holds no file")
+        if not has_weights(model.get("engine"), (file.name for file in source.files)):
+            raise ModelError(
+                f"model {model['id']}: {model['source']} has no weights in safetensors, and models_ignore "
+                f"({', '.join(self.ignore)}) leaves out others: name a source with weights in safetensors, or take "
+                "their format out of models_ignore"
+            )
         digest = content_digest(source.files)
         wanted = model.get("checksum")
         if wanted and not digest.startswith(str(wanted)[:16]):
@@ -335,7 +360,7 @@ class Syncer:
                 File(item["Key"][len(root) :], item["Size"], item["ETag"].strip('"'))
                 for page in pages
                 for item in page.get("Contents", [])
-                if not item["Key"].endswith("/") and not _skipped(item["Key"][len(root) :], self.ignore)
+                if not item["Key"].endswith("/") and not skipped(item["Key"][len(root) :], self.ignore)
             ]
         except self.bucket.client.exceptions.ClientError as error:
             raise ModelError(f"model {model['id']}: source s3://{bucket}/{prefix} cannot be listed: {error}") from error
@@ -362,7 +387,7 @@ class Syncer:
             ) from error
         files = []
         for entry in info.siblings:
-            if _skipped(entry.rfilename, self.ignore):
+            if skipped(entry.rfilename, self.ignore):
                 continue
             large = getattr(entry, "lfs", None)
             checksum = (

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What EC2 machines have, and what a Kubernetes node made of one has left for pods.
 
-vCPUs and memory follow from family and size; the exceptions are listed. Source: "Amazon EC2 instance types"; the
+vCPUs, memory and GPUs follow from family and size; the exceptions are listed. Source: "Amazon EC2 instance types"; the
 kubelet's reserve is what the nodes' images set ("Reserve compute resources" of the EKS user guide).
 """
 
@@ -11,19 +11,27 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["Machine", "Room", "machine", "room"]
+__all__ = ["Machine", "Room", "gpus_of_instance", "machine", "room", "vcpus_of"]
 
-_SIZES = {"medium": 1, "large": 2, "xlarge": 4}
+_SIZES = {"nano": 2, "micro": 2, "small": 2, "medium": 1, "large": 2, "xlarge": 4}
 #: GiB of memory for a vCPU, by family; else by its first letter.
 _RATIOS = {"g5g": 2.0, "g6e": 8.0, "gr6": 8.0, "p3": 7.625, "p3dn": 8.0, "p4d": 12.0, "p4de": 12.0, "p5": 2048 / 192}
 _RATIOS |= {"p5e": 2048 / 192, "p5en": 2048 / 192, "p6-b200": 2048 / 192, "inf2": 4.0, "trn1": 4.0, "trn1n": 4.0}
-_LETTERS = {"c": 2.0, "m": 4.0, "r": 8.0, "g": 4.0}
-#: vCPUs and GiB of machines that follow no rule.
-_EXCEPTIONS = {"t2.large": (2, 8.0), "t3.medium": (2, 4.0), "t3a.medium": (2, 4.0), "t4g.medium": (2, 4.0)}
-_EXCEPTIONS |= {f"{family}.{size}": (vcpus, memory)
-                for family in ("t3", "t3a", "t4g")
-                for size, vcpus, memory in (("large", 2, 8.0), ("xlarge", 4, 16.0), ("2xlarge", 8, 32.0))}  # fmt: skip
-_EXCEPTIONS |= {"inf2.24xlarge": (96, 384.0), "p5.4xlarge": (16, 256.0)}
+_LETTERS = {"c": 2.0, "m": 4.0, "r": 8.0, "g": 4.0, "t": 4.0}
+#: GiB of machines that follow no rule, and of the small sizes of the t families.
+_EXCEPTIONS = {"inf2.24xlarge": 384.0, "p5.4xlarge": 256.0}
+_SMALL = {"nano": 0.5, "micro": 1.0, "small": 2.0, "medium": 4.0}
+#: GPUs by family and size. Sizes of a g family, and of p3, that are not named have one.
+_GPUS: dict[str, dict[str, int]] = {
+    "g4dn": {"12xlarge": 4, "metal": 8},
+    "g5g": {"16xlarge": 2, "metal": 2},
+    "gr6": {},
+    "p3": {"8xlarge": 4, "16xlarge": 8},
+    "p5": {"4xlarge": 1, "48xlarge": 8},
+    **{family: {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8} for family in ("g5", "g6", "g6e")},
+    **{family: {"24xlarge": 8} for family in ("p3dn", "p4d", "p4de")},
+    **{family: {"48xlarge": 8} for family in ("p5e", "p5en", "p6-b200", "p6-b300")},
+}
 #: Kernel and firmware keep a share of the memory that the kubelet never sees: 4 % of an m5.2xlarge.
 _UNSEEN = 0.04
 _PODS = 58
@@ -51,17 +59,34 @@ class Room(NamedTuple):
 def machine(instance_type: str) -> Machine | None:
     """The machine of an instance type such as ``g4dn.xlarge``; None for one that we do not know."""
     family, _, size = instance_type.partition(".")
-    if instance_type in _EXCEPTIONS:
-        vcpus, memory = _EXCEPTIONS[instance_type]
-        return Machine(vcpus, memory * _GIB)
     ratio = _RATIOS.get(family)
-    if ratio is None and (letter := re.fullmatch(r"([cmrg])\d+[a-z-]*", family)):
+    if ratio is None and (letter := re.fullmatch(r"([cmrgt])\d+[a-z-]*", family)):
         ratio = _LETTERS[letter[1]]
-    multiple = re.fullmatch(r"(\d+)xlarge", size)
-    count = 4 * int(multiple[1]) if multiple else _SIZES.get(size)
+    count = vcpus_of(instance_type)
     if ratio is None or count is None:
         return None
-    return Machine(count, count * ratio * _GIB)
+    own = _SMALL.get(size) if family.startswith("t") else _EXCEPTIONS.get(instance_type)
+    return Machine(count, (own or count * ratio) * _GIB)
+
+
+def vcpus_of(instance_type: str) -> int | None:
+    """vCPUs of one machine by the name of its size; None for bare metal and names of another form."""
+    family, _, size = instance_type.partition(".")
+    if match := re.fullmatch(r"(?:metal-)?(\d+)xl(?:arge)?", size):
+        return 4 * int(match[1])
+    if size in ("micro", "nano", "small") and family == "t2":
+        return 1
+    if size == "medium" and family.startswith("t"):
+        return 2
+    return _SIZES.get(size)
+
+
+def gpus_of_instance(instance_type: str) -> int | None:
+    """GPUs of one machine: 0 for a type without, None for a GPU family whose size we do not know."""
+    family, _, size = instance_type.partition(".")
+    if family in _GPUS:
+        return _GPUS[family].get(size, 1 if family.startswith("g") or family == "p3" else None)
+    return None if family.startswith(("g", "p")) else 0
 
 
 def room(found: Machine) -> Room:

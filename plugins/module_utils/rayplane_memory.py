@@ -29,8 +29,8 @@ __all__ = [
     "UTILIZATION",
     "Need",
     "Shape",
+    "config_of",
     "cures",
-    "folder",
     "guess_of",
     "need",
     "shape_of",
@@ -238,9 +238,22 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
-def folder(source: str) -> Path | None:
+def folder(source: Any) -> Path | None:
     """The folder that a model's source names; None for a hub id or an address."""
-    return Path(source).expanduser() if source.startswith(("/", "~", "./", "../")) else None
+    if not isinstance(source, str) or not source.startswith(("/", "~", "./", "../")):
+        return None
+    with contextlib.suppress(RuntimeError):  # ~nobody
+        return Path(source).expanduser()
+    return Path(source)
+
+
+def config_of(source: Any) -> Mapping[str, Any]:
+    """A local model's config.json; empty for any other, and for one that cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        if place := folder(source):
+            found = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            return found if isinstance(found, Mapping) else {}
+    return {}
 
 
 def shape_of(source: Any) -> Shape | None:
@@ -250,9 +263,8 @@ def shape_of(source: Any) -> Shape | None:
     """
     if not isinstance(source, str):
         return None
-    place = folder(source)
-    if place:
-        return _shape_of_folder(place)
+    if place := folder(source):
+        return _shape_of_folder(place, config_of(source))
     if "://" in source.removeprefix("hf://"):
         return None
     name = source.rpartition("/")[2].lower()
@@ -285,10 +297,9 @@ def guess_of(source: Any) -> Shape | None:
     return Shape(1, 1, 64, 64, 0, 1, 0, True, 2048, experts=int(billions * 1e9 / 3), quantization=kind)
 
 
-def _shape_of_folder(place: Path) -> Shape | None:
+def _shape_of_folder(place: Path, config: Mapping[str, Any]) -> Shape | None:
     """The shape in a folder's config.json, with the size of its safetensors files; None where it cannot be told."""
     try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         files = _bytes_of_files(place)
         text = {**config, **(config.get("text_config") or {})}
         heads, hidden, layers = (int(text[key]) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))

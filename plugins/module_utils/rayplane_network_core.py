@@ -18,6 +18,7 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
+from ansible.module_utils.rayplane_policy import partition_of
 
 __all__ = ["ANYWHERE", "Context", "Item", "View", "new_id", "together"]
 
@@ -87,8 +88,8 @@ class Context:
     @property
     def partition(self) -> str:
         """The partition of the region, the second part of every ARN."""
-        prefixes = {"cn-": "aws-cn", "us-gov-": "aws-us-gov"}
-        return next((name for prefix, name in prefixes.items() if self.region.startswith(prefix)), "aws")
+        partition: str = partition_of(self.region)
+        return partition
 
     @property
     def vpc_cidrs(self) -> list[str]:

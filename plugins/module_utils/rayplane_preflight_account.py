@@ -11,11 +11,12 @@ from typing import Any
 
 from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix
 from ansible.module_utils.rayplane_aws import OWNER_TAG, tag_dict
+from ansible.module_utils.rayplane_instances import vcpus_of
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import is_administrator
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
-__all__ = ["STAND_IN", "check_account", "family_of", "unsupported_zone", "vcpus_of"]
+__all__ = ["STAND_IN", "check_account", "family_of"]
 
 #: Stands for the account's number in names that are derived before anybody has been asked.
 STAND_IN = "000000000000"
@@ -32,7 +33,6 @@ _QUOTAS = {
     ("inf",): ("Inf", "L-1945791B", "L-B5D1601B"),
     ("trn",): ("Trn", "L-2C3B7624", "L-6B0D517C"),
 }
-_SMALL = {"nano": 2, "micro": 2, "small": 2, "medium": 1, "large": 2, "xlarge": 4}
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,6 @@ def family_of(instance_type: str, spot: bool) -> Quota | None:
             long = f"All {name} Spot Instance Requests" if spot else f"Running On-Demand {name} instances"
             return Quota(long, code, letters, spot)
     return None
-
-
-def vcpus_of(instance_type: str) -> int | None:
-    """vCPUs of one machine by the name of its size; None for bare metal and names of another form."""
-    family, _, size = instance_type.partition(".")
-    if match := re.fullmatch(r"(?:metal-)?(\d+)xl(?:arge)?", size):
-        return 4 * int(match[1])
-    if size in ("micro", "nano", "small") and family == "t2":
-        return 1
-    if size == "medium" and family.startswith("t"):
-        return 2
-    return _SMALL.get(size)
-
-
-def unsupported_zone(zone_id: str) -> bool:
-    """Whether EKS refuses subnets of its control plane in a zone."""
-    return zone_id in UNSUPPORTED_ZONES
 
 
 @dataclass(frozen=True)
@@ -249,12 +232,12 @@ def _machines(asking: _Asking, groups: Sequence[Group], values: Values, region: 
         return
     variable, names = _zones(asking, values, region)
     chosen = list(dict.fromkeys(names))
-    good = sorted(name for name, zone_id in known.items() if not unsupported_zone(zone_id))
+    good = sorted(name for name, zone_id in known.items() if zone_id not in UNSUPPORTED_ZONES)
     for index, zone in enumerate(chosen):
         where = f"{variable}[{index}]" if variable == "network_availability_zones" else variable
         if zone not in known:
             yield Problem(where, zone, f"this account has no such zone in {region}", f"take some of {', '.join(good)}")
-        elif unsupported_zone(known[zone]):
+        elif known[zone] in UNSUPPORTED_ZONES:
             yield Problem(
                 where,
                 zone,

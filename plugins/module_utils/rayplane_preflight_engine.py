@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.rayplane_gpus import GPUS, Gpu, ray_name
-from ansible.module_utils.rayplane_memory import shape_of
-from ansible.module_utils.rayplane_preflight import ABSENT, Problem
+from ansible.module_utils.rayplane_memory import config_of, shape_of
+from ansible.module_utils.rayplane_preflight import ABSENT, Problem, step
 from ansible.module_utils.rayplane_preflight_memory import model_gpu
 from ansible.module_utils.rayplane_preflight_specs import KINDS, from_text, name_of
-from ansible.module_utils.rayplane_preflight_values import Values, bucket_name_problem, entries_of, strings, whole
+from ansible.module_utils.rayplane_preflight_values import (
+    Values,
+    bounds,
+    bucket_name_problem,
+    entries_of,
+    strings,
+    whole,
+)
 
 __all__ = ["check_type", "engines", "serving_release"]
 
@@ -125,7 +132,7 @@ def engines(values: Values) -> Iterator[Problem]:
         yield from _in_image(path, entry, values.get("rayservice_image"), gpu)
         yield from _heads(path, entry, engine)
         yield from _lora(path, entry, engine)
-        yield from _scaling(path, entry)
+        yield from _scaling(path, entry, values)
 
 
 def check_type(path: str, value: Any, said: Any, owner: str) -> Iterator[Problem]:
@@ -245,12 +252,13 @@ def _format(
                 "name a repository with weights in safetensors; a branch or commit is the model's revision",
             )
     if load_format in ("pt", "npcache"):
-        pattern = next((one for one in ignored if fnmatch.fnmatch("pytorch_model.bin", one)), None)
+        ending = ".pt" if load_format == "pt" else ".bin"
+        pattern = next((one for one in ignored if fnmatch.fnmatch(f"model{ending}", one)), None)
         if pattern:
             yield Problem(
                 f"{path}.engine.load_format",
                 load_format,
-                f"it loads .bin files, and models_ignore ({pattern}) leaves them out of what is brought to the bucket",
+                f"it loads {ending} files, and models_ignore ({pattern}) keeps them from the bucket",
                 f"convert the weights to safetensors and delete load_format, or take {pattern} out of models_ignore",
             )
 
@@ -403,7 +411,7 @@ def _on_accelerator(
             f"{kind} weights need {least / 10}, and {has}",
             "take weights that are quantized in another way (gptq runs from 6.0 on), or a newer GPU",
         )
-    own = _config(entry.get("source")).get("quantization_config")
+    own = config_of(entry.get("source")).get("quantization_config")
     own = own.get("quant_method") if isinstance(own, Mapping) else None
     if isinstance(method, str) and isinstance(own, str) and _family(own) != _family(method):
         yield Problem(
@@ -435,20 +443,9 @@ def _family(method: str) -> str:
 def _no_float16(source: Any, release: Mapping[str, Any]) -> str:
     """The model's type where it does not work in float16, by its config.json or its name; else empty."""
     kinds = release.get("no_float16", ())
-    own = _config(source).get("model_type")
+    own = config_of(source).get("model_type")
     name = re.sub(r"[^a-z0-9]", "", source.lower()) if isinstance(source, str) else ""
     return next((kind for kind in kinds if kind == own or (own is None and kind in name)), "")
-
-
-def _config(source: Any) -> Mapping[str, Any]:
-    """A local model's config.json; empty for any other."""
-    if not isinstance(source, str) or not source.startswith(("/", "~", "./", "../")):
-        return {}
-    try:
-        found = json.loads((Path(source).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _heads(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Problem]:
@@ -490,11 +487,16 @@ def _lora(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Ite
         )
 
 
-def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _scaling(path: str, entry: Mapping[str, Any], values: Values) -> Iterator[Problem]:
     """Bounds of Serve's autoscaling, of the model's ``replicas`` or its deployment's ``autoscaling_config``."""
     replicas, deployment = entry.get("replicas"), entry.get("deployment")
     deployment = deployment if isinstance(deployment, Mapping) else {}
     own = deployment.get("autoscaling_config")
+    if isinstance(replicas, Mapping):
+        yield from bounds(f"{path}.replicas", replicas.get("min"), replicas.get("max"))
+    if isinstance(own, Mapping):
+        names = "min_replicas", "max_replicas"
+        yield from bounds(f"{path}.deployment.autoscaling_config", *map(own.get, names), names)
     found: dict[str, tuple[str, Any]] = {}
     for name, place in (("min", "min_replicas"), ("max", "max_replicas"), ("initial", "initial_replicas"),
                         ("target_ongoing_requests", "target_ongoing_requests")):  # fmt: skip
@@ -521,8 +523,16 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             "write 10, for example: how many requests a replica works on before another is added",
             warning=True,
         )
+    number = isinstance(target, int | float) and not isinstance(target, bool)
+    if number and target <= 0:
+        yield Problem(
+            where,
+            target,
+            "a replica's load is measured against it, so it is above 0",
+            "write 10, for example",
+        )
     most: Any = deployment.get("max_ongoing_requests")
-    if whole(most) and isinstance(target, int | float) and not isinstance(target, bool) and target > most > 0:
+    if number and whole(most) and target > most > 0:
         yield Problem(
             where,
             target,
@@ -530,11 +540,13 @@ def _scaling(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             f"write {max(1, most * 3 // 4)}, for example, or raise max_ongoing_requests",
         )
     if whole(low) and low == 0 and "min" in found:
+        first = step(step(values.get("gateway_backend_defaults"), "timeouts"), "first_token_s")
         yield Problem(
             found["min"][0],
             0,
             "with no replica the first caller waits for a GPU node, its image and the weights: 5 to 15 minutes, of"
-            " which the gateway waits timeouts.first_token_s (120 s) and Serve rayservice_request_timeout_s",
+            f" which the gateway waits {120 if first is ABSENT else first} s (gateway_backend_defaults.timeouts."
+            f"first_token_s) and Serve {values.get('rayservice_request_timeout_s')} s (rayservice_request_timeout_s)",
             "write 1, or mean it: callers get 504 until a replica runs, and have to ask again",
             warning=True,
         )

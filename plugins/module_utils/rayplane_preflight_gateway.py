@@ -6,7 +6,6 @@ that would be deployed.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
+from ansible.module_utils.rayplane_preflight_nodes import filters
 from ansible.module_utils.rayplane_preflight_values import Values, bounds, whole
 
 __all__ = ["gateway"]
@@ -75,18 +75,6 @@ def _volumes(values: Values) -> Iterator[Problem]:
         )
 
 
-def _loaded(name: str) -> ModuleType:
-    """A filter plugin as a module: what it builds is what the role applies."""
-    path = _PROJECT / "plugins" / "filter" / f"{name}.py"
-    known = f"rayplane_filters.{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[known] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[known]
-
-
 def _settings(values: Values, serve: ModuleType, builder: ModuleType) -> dict[str, Any]:
     settings = {name.removeprefix("gateway_"): value for name, value in values.items() if name.startswith("gateway_")}
     return settings | {
@@ -96,7 +84,7 @@ def _settings(values: Values, serve: ModuleType, builder: ModuleType) -> dict[st
 
 
 def _configuration(values: Values) -> Iterator[Problem]:
-    builder, serve = _loaded("rayplane_gateway"), _loaded("rayplane_serve")
+    builder, serve = filters("rayplane_gateway"), filters("rayplane_serve")
     try:
         settings = _settings(values, serve, builder)
         found = builder.gateway_problems(settings)

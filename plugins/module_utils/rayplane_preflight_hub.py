@@ -1,6 +1,7 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the hub gives the models: those that are gated need the token of an account that accepted their licence."""
+"""Whether the hub gives the models: those that are gated need the token of an account that accepted their licence, and
+all have weights that vLLM loads."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from ansible.module_utils.model_sync import has_weights, skipped
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
-from ansible.module_utils.rayplane_preflight_values import HUB_ID, Values, entries_of
+from ansible.module_utils.rayplane_preflight_values import HUB_ID, Values, entries_of, strings
 
-__all__ = ["check_hub", "hub_models", "known_gated"]
+__all__ = ["check_hub", "hub_models", "known_gated", "no_weights"]
 
 _PATIENCE = 5
+_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".tflite")
 _TOKEN = "secrets_hugging_face_token"  # noqa: S105 - the variable's name
 #: Repositories whose pages ask for the licence to be accepted, for where the hub cannot be asked.
 _GATED = (
@@ -51,16 +54,13 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _ask(url: str, model: str, token: str) -> tuple[int, str] | None:
-    """The hub's status and error code on a model's files; None where it does not answer.
-
-    As ``huggingface_hub.HfApi.auth_check`` asks.
-    """
+def _ask(url: str, what: str, token: str) -> tuple[int, str] | None:
+    """The hub's status, and its answer or error code; None where it does not answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/api/models/{quote(model)}/auth-check", headers=headers)  # noqa: S310
+    request = urllib.request.Request(f"{url.rstrip('/')}/api/models/{what}", headers=headers)  # noqa: S310
     try:
         with urllib.request.build_opener(_SameHost).open(request, timeout=_PATIENCE) as answer:
-            return int(answer.status), ""
+            return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, _code(error.headers.get("X-Error-Code"), error.read(2000))
@@ -77,14 +77,43 @@ def _code(header: str | None, body: bytes) -> str:
         return ""
 
 
+def no_weights(where: str, entry: Mapping[str, Any], names: Sequence[str], ignored: Any) -> Iterator[Problem]:
+    """Among a source's files are none that vLLM loads, or ``ignored`` leaves them out of what is brought to it."""
+    patterns, engine = ignored if strings(ignored) else (), entry.get("engine")
+    if has_weights(engine, [name for name in names if not skipped(name, patterns)]):
+        return
+    kinds = ", ".join(sorted({f"*{ending}" for ending in _WEIGHTS for name in names if name.endswith(ending)}))
+    loaded = [name for name in names if has_weights(engine, [name])]
+    left_out = ", ".join(one for one in patterns if any(skipped(name, [one]) for name in loaded))
+    yield Problem(
+        where,
+        entry["source"],
+        f"it holds no weights in safetensors (it has {kinds or 'no weights'})",
+        "name a source that has them: save_pretrained of the transformers library writes them"
+        + (f"; or take {left_out} out of models_ignore" if left_out else ""),
+    )
+
+
+def _files(url: str, model: str, entry: Mapping[str, Any], token: str) -> list[str]:
+    """Names of a model's files; empty where the hub does not tell them."""
+    answer = _ask(url, f"{quote(model)}/revision/{quote(str(entry.get('revision') or 'main'), safe='')}", token)
+    try:
+        return [str(one["rfilename"]) for one in json.loads(answer[1] if answer else "")["siblings"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
 def check_hub(values: Values) -> Iterator[Problem]:
     """Each model of the hub can be fetched with the token that is given, as the hub says or, without it, a table."""
     given, url = values.get(_TOKEN), values.get("platform_hub_url")
     token = given if isinstance(given, str) else ""
     asking = isinstance(url, str) and bool(url) and os.environ.get("HF_HUB_OFFLINE", "") not in ("1", "true", "TRUE")
+    ignored = values.get("models_ignore") if values.get("models_hub_mode", "copy") == "copy" else ()
+    entries = dict(entries_of(values, "rayservice_models"))
     lacking: list[str] = []
     for path, model in hub_models(values):
-        answer = _ask(str(url), model, token) if asking else None
+        # As huggingface_hub.HfApi.auth_check asks.
+        answer = _ask(str(url), f"{quote(model)}/auth-check", token) if asking else None
         # One that does not answer is not asked again.
         asking = asking and answer is not None
         if answer is None:
@@ -93,6 +122,9 @@ def check_hub(values: Values) -> Iterator[Problem]:
             continue
         status, code = answer
         if status < 400:
+            entry = entries[path.removesuffix(".source")]
+            if names := _files(str(url), model, entry, token):
+                yield from no_weights(path, entry, names, ignored)
             continue
         if code == "GatedRepo" and not token:
             lacking.append(model)

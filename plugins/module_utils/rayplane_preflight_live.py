@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 from ansible.module_utils.kube_api import ApiError, Cluster, KubeError, connection_from_environment, forget_temporary
 from ansible.module_utils.rayplane_aws import OWNER_TAG, REGION_TAG, tag_dict
+from ansible.module_utils.rayplane_memory import folder
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_account import check_account
-from ansible.module_utils.rayplane_preflight_values import Values
+from ansible.module_utils.rayplane_preflight_hub import no_weights
+from ansible.module_utils.rayplane_preflight_values import Values, entries_of
 
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
 
@@ -293,44 +295,29 @@ def check_cluster(path: str, context: str) -> Iterator[Problem]:
         forget_temporary()
 
 
-_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".tflite")
-
-
-def check_model_folders(models: Any) -> Iterator[Problem]:
+def check_model_folders(values: Values) -> Iterator[Problem]:
     """A model that comes from a folder: the folder is there and holds a model."""
-    for index, entry in enumerate(models if isinstance(models, list | tuple) else ()):
-        source = entry.get("source") if isinstance(entry, Mapping) else None
-        if not isinstance(source, str) or not source.startswith(("/", "./", "../", "~")):
+    for path, entry in entries_of(values, "rayservice_models"):
+        place, where = folder(entry.get("source")), f"{path}.source"
+        if place is None:
             continue
-        folder = Path(source).expanduser()
-        where = f"rayservice_models[{index}].source"
-        if not folder.is_dir():
+        if not place.is_dir():
             yield Problem(
                 where,
-                source,
+                entry["source"],
                 "there is no such folder on the machine that runs Ansible",
                 "correct the path, or name a hub id (organisation/model)",
             )
-        elif not (folder / "config.json").is_file():
+        elif not (place / "config.json").is_file():
             yield Problem(
                 where,
-                source,
+                entry["source"],
                 "the folder holds no config.json, so no model vLLM can read",
                 "name the folder with the model's config.json, tokenizer and weights",
             )
-        elif not any(folder.glob("*.safetensors")) and not _other_format(entry):
-            kinds = sorted({f"*{file.suffix}" for file in folder.iterdir() if file.suffix in _WEIGHTS})
-            yield Problem(
-                where,
-                source,
-                f"the folder holds no weights in safetensors (it has {', '.join(kinds) or 'no weights'})",
-                "save the model in safetensors, with save_pretrained of the transformers library for example",
-            )
-
-
-def _other_format(entry: Mapping[str, Any]) -> bool:
-    engine = entry.get("engine")
-    return isinstance(engine, Mapping) and engine.get("load_format") in ("dummy", "npcache", "pt", "tensorizer")
+        else:
+            names = [file.name for file in place.iterdir()]
+            yield from no_weights(where, entry, names, values.get("models_ignore"))
 
 
 def _sentence(error: BaseException) -> str:

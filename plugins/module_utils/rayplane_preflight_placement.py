@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ansible.module_utils.kube_room import quantity, tolerates
+from ansible.module_utils.kube_quantity import quantity
+from ansible.module_utils.kube_room import tolerates
 from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
-from ansible.module_utils.rayplane_instances import Machine, machine, room
+from ansible.module_utils.rayplane_instances import Machine, gpus_of_instance, machine, room
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_nodes import filters
-from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of, strings, whole
 
 __all__ = ["placement"]
@@ -74,10 +74,9 @@ def placement(values: Values) -> Iterator[Problem]:
         return
     if values.get("platform_autoscaler") == "karpenter":
         return
-    refused = filters("rayplane_serve").AnsibleFilterError
     try:
         found = list(_beside_nodes(values))
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, refused):
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
         return  # a wrong type or no quantity, which the argument spec or the rules of models tell
     yield from found
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.rayplane_eks import image_problem
+from ansible.module_utils.rayplane_instances import gpus_of_instance
 from ansible.module_utils.rayplane_network import plan_subnets
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
 from ansible.module_utils.rayplane_preflight_values import (
@@ -48,25 +49,6 @@ _PLATFORM_ALIASES = {
     "k3s": "existing",
     "minikube": "existing",
     "openshift": "existing",
-}
-
-#: GPUs of one machine, by EC2 instance family and size. Sizes of a g family, and of p3, that are not named have one.
-_INSTANCE_GPUS = {
-    "g4dn": {"12xlarge": 4, "metal": 8},
-    "g5": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
-    "g6": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
-    "g6e": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8},
-    "gr6": {},
-    "g5g": {"16xlarge": 2, "metal": 2},
-    "p3": {"8xlarge": 4, "16xlarge": 8},
-    "p3dn": {"24xlarge": 8},
-    "p4d": {"24xlarge": 8},
-    "p4de": {"24xlarge": 8},
-    "p5": {"4xlarge": 1, "48xlarge": 8},
-    "p5e": {"48xlarge": 8},
-    "p5en": {"48xlarge": 8},
-    "p6-b200": {"48xlarge": 8},
-    "p6-b300": {"48xlarge": 8},
 }
 
 #: Days that CloudWatch Logs may keep a log group. Source: its API reference, PutRetentionPolicy.
@@ -291,17 +273,6 @@ def _retention(variable: str, days: Any) -> Iterator[Problem]:
     if whole(days) and days not in _RETENTION:
         nearest_days = min(_RETENTION, key=lambda known: abs(known - days))
         yield Problem(variable, days, "CloudWatch Logs does not know this retention", f"write {nearest_days}")
-
-
-def gpus_of_instance(instance_type: str) -> int | None:
-    """GPUs of one EC2 machine: 0 for a type without, None for a GPU family whose size we do not know."""
-    family, _, size = instance_type.partition(".")
-    if family in _INSTANCE_GPUS:
-        sizes = _INSTANCE_GPUS[family]
-        if size in sizes:
-            return sizes[size]
-        return 1 if family.startswith("g") or family == "p3" else None
-    return None if family.startswith(("g", "p")) else 0
 
 
 def node_groups(values: Values) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from typing import Any
 from ansible.module_utils.rayplane_gpus import ray_name
 from ansible.module_utils.rayplane_memory import shape_of
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest
+from ansible.module_utils.rayplane_preflight_hub import hub_models
 from ansible.module_utils.rayplane_preflight_values import (
     DNS_1035_LABEL,
     DNS_LABEL,
@@ -43,6 +44,8 @@ _GATES_OF_1_7 = frozenset(
 _LONGEST_RAYSERVICE_NAME = 47
 #: Parameters of `ray start` that declare resources, and the group's own keys for them.
 _GROUP_KEYS = {"num-cpus": "ray_cpus", "num-gpus": "gpu", "memory": "memory", "resources": "ray_resources"}
+#: vLLM then takes lengths above the model's own.
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _MODEL_SCHEMES = ("s3", "gs", "abfs", "abfss", "hf")
 
 
@@ -63,9 +66,8 @@ def models(values: Values) -> Iterator[Problem]:
         yield from _model_id(path, entry.get("id", ABSENT), seen)
         yield from _model_source(path, entry)
         yield from _model_route(path, entry.get("route_prefix"), routes)
-        yield from _model_replicas(path, entry)
         yield from _model_resources(path, entry)
-        yield from _model_engine(path, entry)
+        yield from _model_engine(path, entry, values.get("rayservice_env"))
         yield from _model_deployment(path, entry)
 
 
@@ -142,22 +144,6 @@ def _model_source(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _model_replicas(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    replicas = entry.get("replicas")
-    if not isinstance(replicas, Mapping):
-        return
-    where = f"{path}.replicas"
-    yield from bounds(where, replicas.get("min"), replicas.get("max"))
-    target = replicas.get("target_ongoing_requests")
-    if isinstance(target, int | float) and not isinstance(target, bool) and target <= 0:
-        yield Problem(
-            f"{where}.target_ongoing_requests",
-            target,
-            "a replica's load is measured against it, so it is above 0",
-            "write 10, for example",
-        )
-
-
 def _model_resources(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     resources = entry.get("resources")
     if not isinstance(resources, Mapping):
@@ -178,7 +164,7 @@ def _model_resources(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _model_engine(path: str, entry: Mapping[str, Any], common: Any) -> Iterator[Problem]:
     engine = entry.get("engine")
     if not isinstance(engine, Mapping):
         return
@@ -204,7 +190,7 @@ def _model_engine(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             "write 0.9, for example",
         )
     yield from _parallelism(path, entry, engine)
-    yield from _lengths(where, entry, engine)
+    yield from _lengths(where, entry, engine, common)
     for name in ("model", "served_model_name"):
         if name in engine:
             yield Problem(
@@ -238,7 +224,7 @@ def _parallelism(path: str, entry: Mapping[str, Any], engine: Mapping[str, Any])
         )
 
 
-def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Problem]:
+def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any], common: Any) -> Iterator[Problem]:
     length: Any = engine.get("max_model_len")
     batched: Any = engine.get("max_num_batched_tokens")
     if not whole(length) or length < 1:
@@ -250,7 +236,8 @@ def _lengths(where: str, entry: Mapping[str, Any], engine: Mapping[str, Any]) ->
             f"without chunked prefill a whole prompt must fit in one batch, and max_model_len is {length}",
             f"write {length} or more, or set enable_chunked_prefill to true",
         )
-    if "hf_overrides" in engine:
+    known = (env for env in (entry.get("env"), common) if isinstance(env, Mapping) and _LONGER in env)
+    if "hf_overrides" in engine or str(next(known, {}).get(_LONGER)).strip().lower() in ("1", "true"):
         return
     shape = shape_of(entry.get("source"))
     if shape and length > shape.length:
@@ -283,14 +270,6 @@ def _model_deployment(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
                 "Ray Serve LLM refuses placement groups among the deployment's options",
                 "delete it; Serve builds one bundle a GPU from the engine's parallelism",
             )
-    autoscaling = deployment.get("autoscaling_config")
-    if isinstance(autoscaling, Mapping):
-        yield from bounds(
-            f"{where}.autoscaling_config",
-            autoscaling.get("min_replicas"),
-            autoscaling.get("max_replicas"),
-            ("min_replicas", "max_replicas"),
-        )
 
 
 def operator(values: Values) -> Iterator[Problem]:
@@ -433,17 +412,11 @@ def secrets(values: Values) -> Iterator[Problem]:
             "a Hugging Face token starts with hf_ and goes on with 20 letters and digits or more",
             "copy it again from the account's settings; look for quotes and blanks around it",
         )
-    elif token in (None, "") and name in values:
-        hub = [
-            str(entry["source"])
-            for _, entry in entries_of(values, "rayservice_models")
-            if isinstance(entry.get("source"), str) and HUB_ID.fullmatch(entry["source"])
-        ]
-        if hub:
-            yield Problem(
-                name,
-                ABSENT,
-                f"no Hugging Face token: gated models cannot be fetched (from the hub: {', '.join(hub)})",
-                "set HUGGING_FACE_HUB_TOKEN in the environment, if one of them is gated",
-                warning=True,
-            )
+    elif token in (None, "") and name in values and (hub := [source for _, source in hub_models(values)]):
+        yield Problem(
+            name,
+            ABSENT,
+            f"no Hugging Face token: gated models cannot be fetched (from the hub: {', '.join(hub)})",
+            "set HUGGING_FACE_HUB_TOKEN in the environment, if one of them is gated",
+            warning=True,
+        )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.rayplane_preflight import Problem
 
 __all__ = [
@@ -33,7 +34,6 @@ Values = Mapping[str, Any]
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 DNS_1035_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_QUANTITY = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*[a-z0-9]")
 
 
@@ -142,17 +142,14 @@ def bucket_name_problem(name: str) -> tuple[str, str] | None:
 
 def quantity_problem(value: Any) -> tuple[str, str] | None:
     """Why Kubernetes refuses a quantity such as ``16Gi`` or ``500m``, and what to do; None where it takes it."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return "it is no Kubernetes quantity", "write a number with an optional unit, such as 4, 500m or 16Gi"
-    text = str(value)
-    if not _QUANTITY.fullmatch(text):
-        number = re.match(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT])i?[bB]?\s*$", text)
+    try:
+        amount = quantity(value)
+    except ValueError:
+        number = re.match(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT])i?[bB]?\s*$", str(value))
         cure = (
             f"write {number[1]}{number[2].upper()}i"
             if number
             else "write a number with an optional unit, such as 4, 500m or 16Gi"
         )
         return "it is no Kubernetes quantity", cure
-    if text.startswith("-") or float(re.match(r"[+-]?[\d.]+", text)[0]) == 0:  # type: ignore[index]
-        return "a quantity of resources is above 0", "write 1 or more"
-    return None
+    return None if amount > 0 else ("a quantity of resources is above 0", "write 1 or more")

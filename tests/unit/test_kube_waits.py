@@ -11,7 +11,8 @@ import pytest
 import yaml
 from ansible.module_utils.kube_api import Cluster, Connection, connection_from_environment
 from ansible.module_utils.kube_apply import ApplyError, ApplySet
-from ansible.module_utils.kube_room import no_node_for, quantity, requests_of, tolerates
+from ansible.module_utils.kube_quantity import quantity
+from ansible.module_utils.kube_room import no_node_for, requests_of, tolerates
 from ansible.module_utils.kube_serve import retry_failed
 from ansible.module_utils.kube_state import (
     Final,
@@ -402,14 +403,23 @@ def test_pods_of_an_earlier_revision_do_not_matter(server: Server, cluster: Clus
 
 @pytest.mark.parametrize(
     ("value", "number"),
-    [("300m", 0.3), ("16Gi", 16 * 2**30), (4, 4.0), ("1e3", 1000.0), ("2k", 2000.0), ("1G", 1e9), ("100n", 1e-7)],
+    [
+        ("300m", 0.3),
+        ("16Gi", 16 * 2**30),
+        (4, 4.0),
+        ("1e3", 1000.0),
+        ("2k", 2000.0),
+        ("1Ki", 1024),
+        ("1.5E", 1.5e18),
+        ("100n", 1e-7),
+    ],
 )
 def test_quantities(value: Any, number: float) -> None:
     assert quantity(value) == pytest.approx(number)
 
 
-@pytest.mark.parametrize("value", ["16GiB", "1K", "", "four", "1 Gi"])
-def test_no_quantities(value: str) -> None:
+@pytest.mark.parametrize("value", ["16GiB", "1K", "", "four", "1 Gi", "1.2.3", True, None])
+def test_no_quantities(value: object) -> None:
     with pytest.raises(ValueError, match="is no Kubernetes quantity"):
         quantity(value)
 

@@ -261,12 +261,15 @@ def test_a_pinned_revision_asks_the_hub_once(folder: Path, tmp_path: Path) -> No
         ({"source": "what is this"}, "neither a folder, an s3:// address nor a hub id"),
         ({"source": "s3://absent/m"}, "cannot be listed"),
         ({"source": "s3://models/empty"}, "holds no file"),
+        ({"source": "s3://models/old"}, "models_ignore (*.bin) leaves out others"),
         ({"source": "org/gated"}, "HUGGING_FACE_HUB_TOKEN"),
     ],
 )
 def test_bad_sources(entry: dict[str, Any], said: str, tmp_path: Path) -> None:
+    client = Client("models")
+    client.buckets["models"] = {"old/config.json": b"{}", "old/model.bin": b"w"}
     with pytest.raises(ModelError, match="model m: ") as caught:
-        syncer(Client("models"), tmp_path, hub=lambda: Hub(tmp_path, "403 gated")).sync({"id": "m", **entry})
+        syncer(client, tmp_path, hub=lambda: Hub(tmp_path, "403 gated")).sync({"id": "m", **entry})
     assert said in str(caught.value)
 
 

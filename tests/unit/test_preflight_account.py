@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import aws_account
 import pytest
 from ansible.module_utils import rayplane_preflight_account as account
 from ansible.module_utils.rayplane_aws import Changes
+from ansible.module_utils.rayplane_instances import vcpus_of
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_hub import check_hub, known_gated
 from aws_fake import FakeClient, refusal
@@ -159,7 +161,7 @@ def test_spot_has_its_own_quota_and_groups_of_a_kind_add_up() -> None:
 )
 def test_what_a_machine_counts(kind: str, vcpus: int | None, code: str | None) -> None:
     quota = account.family_of(kind, spot=False)
-    assert (account.vcpus_of(kind), quota and quota.code) == (vcpus, code)
+    assert (vcpus_of(kind), quota and quota.code) == (vcpus, code)
 
 
 @pytest.mark.parametrize(
@@ -274,17 +276,20 @@ TOKEN = "hf_" + "a" * 34
 
 
 @contextlib.contextmanager
-def hub(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+def hub(answers: dict[str, tuple[int, str]], *files: str) -> Iterator[str]:
     """A hub that gives open models to everybody, and answers for others as it is told."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            model = self.path.removeprefix("/api/models/").removesuffix("/auth-check")
-            status, code = answers.get(model, (200, ""))
+            model, _, what = self.path.removeprefix("/api/models/").partition("/revision/")
+            status, code = answers.get(model.removesuffix("/auth-check"), (200, ""))
+            named = (*files, "config.json", "training_args.bin", "nested/model.safetensors") if what == "main" else ()
+            body = json.dumps({"siblings": [{"rfilename": name} for name in named]}).encode()
             self.send_response(status)
             self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -323,10 +328,35 @@ def test_the_hub_is_asked(
     monkeypatch: pytest.MonkeyPatch, answer: tuple[int, str], token: str, variable: str, words: str
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with hub({GATED: answer}) as url:
+    with hub({GATED: answer}, "model.safetensors") as url:
         problems = ask(url, token, OPEN, GATED, "s3://bucket/model")
     assert [problem.variable for problem in problems] == ([variable] if variable else [])
     assert all(words in f"{problem.reason} {problem.cure}" and not problem.warning for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "mode", "cure"),
+    [
+        (["model.safetensors", "model.bin"], {}, "copy", None),
+        (["model-00001-of-00002.bin", "tf_model.h5"], {}, "copy", "or take *.bin out of models_ignore"),
+        (["model-00001-of-00002.bin"], {}, "direct", None),
+        (["consolidated.00.pth"], {}, "direct", "name a source that has them"),
+        (["model.bin"], {"load_format": "safetensors"}, "direct", "name a source that has them"),
+        ([], {"load_format": "dummy"}, "copy", None),
+    ],
+)
+def test_the_hub_has_weights_that_vllm_loads(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], engine: dict[str, Any], mode: str, cure: str | None
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    values = {
+        "models_hub_mode": mode,
+        "models_ignore": ["*.bin", "*.h5"],
+        "rayservice_models": [{"source": OPEN, "engine": engine}],
+    }
+    with hub({}, *files) as url:
+        problems = list(check_hub({"platform_hub_url": url, **values}))
+    assert [cure in problem.cure for problem in problems] == ([True] if cure else [])
 
 
 @pytest.mark.parametrize("url", ["", "http://127.0.0.1:9"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def gpu(name: str, number: int = 1) -> dict[str, Any]:
         ({"data_parallel_size": 2}, "data_parallel_size", "other 1 ranks", "replicas.min to 2"),
         ({"enable_auto_tool_choice": True}, "enable_auto_tool_choice", "without tool_call_parser", "hermes"),
         ({"max_num_seqs": 512, "max_num_batched_tokens": 256}, "max_num_batched_tokens", "which is 512", "512 or more"),
-        ({"load_format": "pt"}, "load_format", "models_ignore (*.bin)", "safetensors"),
+        ({"load_format": "npcache"}, "load_format", ".bin files, and models_ignore (*.bin)", "safetensors"),
     ],
 )
 def test_an_engine_that_cannot_start(engine: dict[str, Any], key: str, reason: str, cure: str) -> None:
@@ -223,9 +224,14 @@ def test_a_model_under_serve_on_its_accelerator(model: dict[str, Any], key: str,
 
 
 def test_scaling_to_zero_tells_what_the_first_caller_gets() -> None:
-    problem = found(replicas={"min": 0, "max": 2})["replicas.min"]
+    values = {
+        "rayservice_models": [{"source": "a/b", "replicas": {**SCALES, "min": 0}}],
+        "rayservice_request_timeout_s": 900,
+        "gateway_backend_defaults": {"timeouts": {"first_token_s": 300}},
+    }
+    (problem,) = engines(values)
     assert problem.warning
-    assert "first caller" in problem.reason
+    assert re.search(r"first caller .* gateway waits 300 s .* Serve 900 s", problem.reason)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import memory_table
 import pytest
 import yaml
 from ansible.module_utils.rayplane_gpus import GPUS, LABEL_OF_FAMILY, gpus_named, ray_name
+from ansible.module_utils.rayplane_instances import gpus_of_instance
 from ansible.module_utils.rayplane_memory import GIB, SHAPES, need, shape_of
 from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes, model_gpu
 from conftest import PROJECT
@@ -90,6 +91,7 @@ def test_a_folder_tells_its_shape_and_the_size_of_its_files(tmp_path: Path) -> N
     assert need(shape, {"tensor_parallel_size": 2}, GPU["l4"]).weights == 3.5 * GIB
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert shape_of(str(tmp_path)) is None
+    assert shape_of("~nobody-of-this-name/model") is None
 
 
 def test_the_sum_is_what_vllm_logs() -> None:
@@ -262,7 +264,8 @@ def test_spellings_of_gpus(name: str, known: list[str], ray: str) -> None:
 def test_gpus_are_in_the_order_of_their_memory() -> None:
     assert [gpu.memory for gpu in GPUS] == sorted(gpu.memory for gpu in GPUS)
     prices = yaml.safe_load((PROJECT / "roles/cost/files/prices-aws.yml").read_text(encoding="utf-8"))
-    assert {name.partition(".")[0] for name in prices["gpus"]} <= set(LABEL_OF_FAMILY)
+    kinds = {kind for region in prices["regions"].values() for kind in region["instances"] if gpus_of_instance(kind)}
+    assert {kind.partition(".")[0] for kind in kinds} <= set(LABEL_OF_FAMILY)
 
 
 def test_the_document_shows_the_sum_of_our_own_inventories() -> None:

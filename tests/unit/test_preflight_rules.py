@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.module_utils.rayplane_instances import gpus_of_instance
 from ansible.module_utils.rayplane_preflight import ABSENT, Problem
-from ansible.module_utils.rayplane_preflight_platform import gpus_of_instance
 from ansible.module_utils.rayplane_preflight_rules import RULES, check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options
 from ansible.module_utils.rayplane_preflight_values import DNS_LABEL, as_label, bucket_name_problem, quantity_problem
@@ -395,12 +395,21 @@ def test_pipeline_stages_may_sit_on_several_nodes() -> None:
     assert found(rayservice_models=[model(engine={"pipeline_parallel_size": 4})]) == {}
 
 
-def test_longer_context_is_allowed_where_the_positions_are_stretched() -> None:
-    entry = model(
-        source="HuggingFaceTB/SmolLM2-135M-Instruct",
-        engine={"max_model_len": 16384, "hf_overrides": {"rope_parameters": {}}},
-    )
-    assert found(rayservice_models=[entry]) == {}
+@pytest.mark.parametrize(
+    ("more", "own", "common", "allowed"),
+    [
+        ({"hf_overrides": {"rope_parameters": {}}}, {}, {}, True),
+        ({}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, {}, True),
+        ({}, {}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, True),
+        ({}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0"}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, False),
+    ],
+)
+def test_a_longer_context_than_the_models_own(
+    more: dict[str, Any], own: dict[str, str], common: dict[str, str], allowed: bool
+) -> None:
+    entry = model(source="HuggingFaceTB/SmolLM2-135M-Instruct", engine={"max_model_len": 16384, **more}, env=own)
+    problems = found(rayservice_models=[entry], rayservice_env=common)
+    assert (not problems) == allowed, problems
 
 
 def test_context_of_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:

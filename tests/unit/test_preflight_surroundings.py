@@ -320,10 +320,12 @@ def test_model_folders(tmp_path: Path) -> None:
         (tmp_path / name / weights).touch()
     names = ("absent", "empty", "full", "old")
     models = [*({"source": str(tmp_path / name)} for name in names), {"source": "organisation/model"}, "odd"]
-    found = list(live.check_model_folders(models))
+    found = list(live.check_model_folders({"rayservice_models": models, "models_ignore": ["*.bin"]}))
     assert [(problem.variable, problem.reason.split(",")[0]) for problem in found] == [
         ("rayservice_models[0].source", "there is no such folder on the machine that runs Ansible"),
         ("rayservice_models[1].source", "the folder holds no config.json"),
-        ("rayservice_models[3].source", "the folder holds no weights in safetensors (it has *.bin)"),
+        ("rayservice_models[3].source", "it holds no weights in safetensors (it has *.bin)"),
     ]
-    assert list(live.check_model_folders(None)) == []
+    assert "take *.bin out of models_ignore" in found[2].cure
+    assert list(live.check_model_folders({"rayservice_models": models[2:4], "models_ignore": []})) == []
+    assert list(live.check_model_folders({})) == []

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.errors import AnsibleFilterError
 from hypothesis import given
 from hypothesis import strategies as st
 from rayplane_serve import (
     FilterModule,
-    quantity,
     rayservice_alignment,
     rayservice_objects,
     rayservice_routes,
@@ -55,19 +53,6 @@ def settings(**changes: Any) -> dict[str, Any]:
 def rayservice(models: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     found = rayservice_objects(models, {"small": "s3://bucket/models/small/0123"}, settings(**changes))
     return next(item for item in found if item["kind"] == "RayService")
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [(4, 4), ("300m", 0.3), ("16Gi", 16 * 1024**3), ("1Ki", 1024), ("2M", 2e6), ("1.5", 1.5)]
-)
-def test_quantity(text: object, number: float) -> None:
-    assert quantity(text) == pytest.approx(number)
-
-
-@pytest.mark.parametrize("text", ["", "many", "16GiB", "-1", None])
-def test_quantity_refuses(text: object) -> None:
-    with pytest.raises(AnsibleFilterError, match="no Kubernetes quantity"):
-        quantity(text)
 
 
 def test_one_application_a_model_in_stable_order() -> None:

@@ -56,18 +56,20 @@ class Place:
             self._escape += text[start:end]
             return
         self._escape = ""
-        for token in _TOKEN.finditer(text, start + left, end):
-            one = token[0]
-            if one[0] == "\\":
-                if token.end() == end and (len(one) == 1 or len(one) < _length(one)):
-                    self._escape = one
-            elif one == "\n":
-                # No string of a document has one.
-                self._inside = self._inside and bool(self._least)
-            elif one == '"':
-                self._inside = bool(self._depth) and not self._inside
-            elif not self._inside:
-                self._depth = max(self._least, self._depth + (1 if one in "[{" else -1))
+        inside, depth, one = self._inside, self._depth, ""
+        for one in _TOKEN.findall(text, start + left, end):
+            if one == '"':
+                inside = depth > 0 and not inside
+            elif inside:
+                # No string of a document has a line's end.
+                inside = one != "\n" or self._least > 0
+            elif one in "[{":
+                depth += 1
+            elif one in "]}":
+                depth = max(self._least, depth - 1)
+        if one[:1] == "\\" and len(one) < _length(one) and text.endswith(one, start, end):
+            self._escape = one
+        self._inside, self._depth = inside, depth
         self._last = text[start:end].rstrip()[-1:] or self._last
 
     def put(self, text: str, start: int, end: int, new: str, final: bool) -> tuple[str, int] | None:
