@@ -54,10 +54,10 @@ options:
     type: bool
     default: true
   public_access_cidrs:
-    description: Who reaches the public endpoint.
+    description: Who reaches the public endpoint. Without any, a public endpoint is refused; EKS would open it to all.
     type: list
     elements: str
-    default: [0.0.0.0/0]
+    default: []
   private_access_cidrs:
     description: >-
       Networks beside the nodes' that reach the private endpoint - rules for port 443 in the security group that EKS
@@ -138,6 +138,7 @@ EXAMPLES = r"""
     version: "1.36"
     role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-control-plane
     subnet_ids: [subnet-1, subnet-2]
+    public_access_cidrs: [203.0.113.7/32]
     log_types: [api, audit]
 """
 
@@ -405,6 +406,13 @@ class Cluster:
             "endpointPrivateAccess": self.params["endpoint_private_access"],
         }
         if self.params["endpoint_public_access"]:
+            # EKS takes an empty list for 0.0.0.0/0.
+            if not self.params["public_access_cidrs"]:
+                raise PlatformError(
+                    f"{self.resource}: eks_endpoint_public_cidrs is empty and eks_endpoint_public_access is true, so"
+                    " EKS would open the API server to the whole internet; nothing was changed: name the networks of"
+                    " those who deploy, such as 203.0.113.7/32, or set eks_endpoint_public_access to false"
+                )
             access["publicAccessCidrs"] = sorted(self.params["public_access_cidrs"])
         return access
 
@@ -594,7 +602,7 @@ def main() -> None:
             "security_group_ids": {"type": "list", "elements": "str", "default": []},
             "endpoint_public_access": {"type": "bool", "default": True},
             "endpoint_private_access": {"type": "bool", "default": True},
-            "public_access_cidrs": {"type": "list", "elements": "str", "default": ["0.0.0.0/0"]},
+            "public_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "service_ipv4_cidr": {"type": "str", "default": ""},
             "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},

@@ -274,6 +274,15 @@ def test_properties_are_updated_one_kind_at_a_time_and_named() -> None:
     assert [config["accessConfig"]["authenticationMode"] for config in configs[2:4]] == ["API_AND_CONFIG_MAP", "API"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_public_endpoint_for_nobody_is_refused_before_anything_is_made(there: bool) -> None:
+    eks = FakeEks()
+    eks.cluster = eks.cluster if there else None
+    with pytest.raises(PlatformError, match="eks_endpoint_public_cidrs is empty"):
+        converge(eks, public_access_cidrs=[])
+    assert eks.client.writes() == eks.logs.writes() == []
+
+
 def test_encryption_is_added_but_never_changed() -> None:
     eks = FakeEks()
     _, changes = converge(eks, encryption_key_arn="arn:key")
