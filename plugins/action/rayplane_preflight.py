@@ -75,6 +75,7 @@ FACTS = (
         "account_bucket_suffix",
         "account_id",
         "eks_cluster",
+        "images_ray_made",
         "models_locations",
         "network_private_subnet_ids",
         "network_public_subnet_ids",
