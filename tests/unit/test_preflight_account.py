@@ -260,6 +260,37 @@ def test_what_may_not_be_asked_is_told_once_and_holds_nothing() -> None:
     assert problem.warning and problem.value == ["servicequotas:GetServiceQuota"]
 
 
+@pytest.mark.parametrize(
+    ("code", "changes", "variable", "words"),
+    [
+        (
+            "InvalidSubnetID.NotFound",
+            {"eks_subnet_ids": ["subnet-1"]},
+            "eks_subnet_ids",
+            "InvalidSubnetID.NotFound: no",
+        ),
+        (
+            "RequestLimitExceeded",
+            {"eks_subnet_ids": ["subnet-1"]},
+            "AWS",
+            "ec2:DescribeSubnets: RequestLimitExceeded: no",
+        ),
+        ("UnauthorizedOperation", {"eks_subnet_ids": ["subnet-1"]}, "AWS permissions", "UnauthorizedOperation"),
+    ],
+)
+def test_what_is_no_permission_is_told_in_awss_own_words(
+    code: str, changes: dict[str, Any], variable: str, words: str
+) -> None:
+    def refuse(**_: Any) -> Any:
+        raise refusal(code)
+
+    cloud = Cloud()
+    cloud.clients["ec2"].handlers["describe_subnets"] = refuse
+    (problem,) = cloud.check(**changes)
+    assert problem.variable == variable and words in problem.reason
+    assert problem.warning is (variable != "eks_subnet_ids")
+
+
 def test_names_with_account_and_region_are_measured_before_anybody_is_asked() -> None:
     suffix = f"-{account.STAND_IN}-us-west-2"
     name = f"{'c' * 40}-models{suffix}"
