@@ -65,6 +65,10 @@ options:
     type: list
     elements: str
     default: []
+  private_access_vpc:
+    description: Whether the cluster's own VPC reaches the private endpoint, too, whatever its addresses.
+    type: bool
+    default: false
   service_ipv4_cidr:
     description: Addresses of Kubernetes services, set when the cluster is made. Empty lets EKS choose.
     type: str
@@ -193,6 +197,7 @@ from ansible.module_utils.rayplane_eks import (
     wait_for_update,
 )
 from ansible.module_utils.rayplane_log_group import LogGroup
+from ansible.module_utils.rayplane_network_core import blocks_of
 from ansible.module_utils.rayplane_network_endpoints import rule_text
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
@@ -483,7 +488,7 @@ class Cluster:
     def _keep_security_group(self, now: dict[str, Any] | None) -> None:
         """Tag the security group that EKS made, and open it to those who reach the private endpoint."""
         tags = {str(key): str(value) for key, value in self.params["security_group_tags"].items()}
-        cidrs = set(self.params["private_access_cidrs"])
+        cidrs = {*self.params["private_access_cidrs"], *self._vpc_cidrs(now)}
         resource = f"security group of {self.resource}"
         group = (now or {}).get("resourcesVpcConfig", {}).get("clusterSecurityGroupId")
         if not group:
@@ -496,7 +501,7 @@ class Cluster:
         lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), tags)
         if lacking:
             ec2.write("create_tags", resource, Resources=[group], Tags=tag_list(lacking))
-        self._note_foreign(resource, found.get("IpPermissions", ()))
+        self._note_foreign(resource, found.get("IpPermissions", ()), cidrs)
         rules = {
             one["CidrIp"]: one.get("Description", "")
             for permission in found.get("IpPermissions", ())
@@ -516,15 +521,26 @@ class Cluster:
                 permission = {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": ranges}
                 ec2.write(operation, resource, GroupId=group, IpPermissions=[permission])
 
-    def _note_foreign(self, resource: str, permissions: Sequence[dict[str, Any]]) -> None:
+    def _vpc_cidrs(self, now: dict[str, Any] | None) -> list[str]:
+        if not self.params["private_access_vpc"]:
+            return []
+        ec2, resource = self.service("ec2"), f"VPC of {self.resource}"
+        vpc = (now or {}).get("resourcesVpcConfig", {}).get("vpcId")
+        if not vpc:
+            (subnet, *_) = ec2.read("describe_subnets", resource, SubnetIds=self.params["subnet_ids"])["Subnets"]
+            vpc = subnet["VpcId"]
+        blocks: list[str] = blocks_of(ec2.read("describe_vpcs", resource, VpcIds=[vpc])["Vpcs"][0])
+        return blocks
+
+    def _note_foreign(self, resource: str, permissions: Sequence[dict[str, Any]], wanted: set[str]) -> None:
         """Record networks that others admitted; they stay. Load balancers' rules tell by their description."""
         made = (CLIENT_RULE, "kubernetes.io/", "elbv2.k8s.aws/")
         for one in permissions:
             for source in (*one.get("IpRanges", ()), *one.get("Ipv6Ranges", ()), *one.get("PrefixListIds", ())):
                 network = source.get("CidrIp") or source.get("CidrIpv6") or source["PrefixListId"]
                 rule = (one["IpProtocol"], one.get("FromPort"), one.get("ToPort"), network)
-                wanted = rule[:3] == ("tcp", 443, 443) and network in self.params["private_access_cidrs"]
-                if not wanted and not source.get("Description", "").startswith(made):
+                ours = rule[:3] == ("tcp", 443, 443) and network in wanted
+                if not ours and not source.get("Description", "").startswith(made):
                     self.changes.foreign(resource, f"ingress {rule_text(rule)}", "allowed")
 
     def _note_clients(self, resource: str, have: set[str], want: set[str]) -> None:
@@ -604,6 +620,7 @@ def main() -> None:
             "endpoint_private_access": {"type": "bool", "default": True},
             "public_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
+            "private_access_vpc": {"type": "bool", "default": False},
             "service_ipv4_cidr": {"type": "str", "default": ""},
             "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
             "log_retention_days": {"type": "int", "default": 90},

@@ -20,6 +20,7 @@ PARAMS = {
     "endpoint_private_access": True,
     "public_access_cidrs": ["0.0.0.0/0"],
     "private_access_cidrs": [],
+    "private_access_vpc": False,
     "service_ipv4_cidr": "",
     "log_types": ["api", "audit"],
     "log_retention_days": 90,
@@ -392,6 +393,23 @@ def test_networks_that_others_admitted_are_told_and_stay() -> None:
     told = [one["property"] for one in changes.result().get("foreign", [])]
     assert told == ["ingress tcp 8000-8000 from 0.0.0.0/0", "ingress tcp 8000-8000 from ::/0"]
     assert eks.ec2.writes() == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_clusters_own_vpc_is_asked_for_its_addresses(there: bool) -> None:
+    eks = FakeEks()
+    if there:
+        eks.cluster["resourcesVpcConfig"]["vpcId"] = "vpc-1"
+    else:
+        eks.cluster = None
+    eks.ec2.handlers |= {
+        "describe_subnets": lambda **_: {"Subnets": [{"VpcId": "vpc-1"}, {"VpcId": "vpc-1"}]},
+        "describe_vpcs": lambda VpcIds: {"Vpcs": [{"CidrBlock": "10.7.0.0/16"}] if VpcIds == ["vpc-1"] else []},
+    }
+    _, changes = converge(eks, check=True, private_access_vpc=True, private_access_cidrs=["192.0.2.0/24"])
+    assert changes.actions[-1] == (
+        "update security group of cluster c1: clients: absent -> ['10.7.0.0/16', '192.0.2.0/24']"
+    )
 
 
 def test_nothing_to_do_takes_one_call_of_each_service() -> None:
