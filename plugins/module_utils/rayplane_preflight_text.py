@@ -102,11 +102,11 @@ def _problem(path: str, value: Any, variable: str = "") -> Problem:
         word = str(value).lower()
         reason = f"YAML reads {'yes and on' if value else 'no and off'} as {word}, too, and it must be text"
         return Problem(path, value, reason, f'put it in quotes, as you mean it: "{word}"')
-    if isinstance(value, Respelled) and not is_secret(path):
+    if isinstance(value, Respelled) and not is_secret(path, value):
         reason = f"YAML reads {value.written} as the number {value}, and it must be text"
         return Problem(path, value, reason, f'put it in quotes: "{value.written}"')
     if isinstance(value, int | float | datetime.date):
-        cure = "put it in quotes" if is_secret(path) else f'put it in quotes: "{value}"'
+        cure = "put it in quotes" if is_secret(path, value) else f'put it in quotes: "{value}"'
         return Problem(path, value, f"YAML reads it as {name_of(value)}, and it must be text", cure)
     return Problem(path, value, f"it is {name_of(value)}, and it must be text", 'write it as one text, "..."')
 
