@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix
+from ansible.module_utils.rayplane_account import bucket_suffix
 from ansible.module_utils.rayplane_aws import OWNER_TAG, explain, tag_dict
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import is_administrator
@@ -358,6 +358,10 @@ def _offered(group: Group, offered: Mapping[str, set[str]], chosen: Sequence[str
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+#: What S3 answers where there is no such bucket, or it is in another region.
+_NO_BUCKET = ("NoSuchBucket", "NotFound", "404", "PermanentRedirect", "301", "AuthorizationHeaderMalformed", "400")
+
+
 def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region: str) -> Iterator[Problem]:
     old = values.get("account_old_buckets")
     suffix = bucket_suffix(asking, old if strings(old) else (), cluster, account, region)
@@ -366,7 +370,10 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
         if not isinstance(name, str) or not 3 <= len(name) <= 63:
             continue
         name = name.removesuffix(f"-{STAND_IN}-{region}") + (suffix if name.endswith(f"-{STAND_IN}-{region}") else "")
-        found = asking.ask("s3", "head_bucket", ("404", "NoSuchBucket", "NotFound", "301", "400"), Bucket=name)
+        answer = asking.ask("s3", "get_bucket_tagging", ("NoSuchTagSet", *_NO_BUCKET), Bucket=name)
+        # The tags may be closed where the bucket is not.
+        if asking.refused.pop("s3:GetBucketTagging", ""):
+            asking.ask("s3", "head_bucket", _NO_BUCKET, Bucket=name)
         if asking.refused.pop("s3:HeadBucket", ""):
             yield Problem(
                 variable,
@@ -375,16 +382,11 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
                 " credentials",
                 "choose another name, or check the credentials",
             )
-        elif found is not None:
-            answer = asking.ask("s3", "get_bucket_tagging", NOT_READABLE, Bucket=name)
-            owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
-            if owner != cluster:
-                yield Problem(
-                    variable,
-                    name,
-                    f"the bucket belongs to the cluster {owner} (tag {OWNER_TAG})",
-                    "choose another name",
-                )
+        owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
+        if owner != cluster:
+            yield Problem(
+                variable, name, f"the bucket belongs to the cluster {owner} (tag {OWNER_TAG})", "choose another name"
+            )
 
 
 # --- who deploys -----------------------------------------------------------------------------------------------------

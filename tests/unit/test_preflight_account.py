@@ -70,7 +70,12 @@ class Cloud:
                     ]
                 },
             ),
-            "s3": Client("s3", head_bucket=self.head_bucket, get_bucket_tagging=self.get_bucket_tagging),
+            "s3": Client(
+                "s3",
+                head_bucket=self.head_bucket,
+                get_bucket_tagging=self.get_bucket_tagging,
+                list_buckets=lambda **_: {"Buckets": [{"Name": name} for name, who in self.buckets.items() if who]},
+            ),
             "eks": Client(
                 "eks",
                 describe_cluster=self.describe_cluster,
@@ -94,6 +99,8 @@ class Cloud:
     def get_bucket_tagging(self, Bucket: str, **_: str) -> Any:
         if Bucket not in self.buckets:
             raise refusal("NoSuchBucket")
+        if self.buckets[Bucket] is None:
+            raise refusal("AccessDenied")
         return {"TagSet": [{"Key": "rayplane.io/cluster", "Value": self.buckets[Bucket]}]}
 
     def describe_cluster(self, **_: str) -> Any:
@@ -216,6 +223,23 @@ NEW = "c1-models-123456789012-us-west-2"
 def test_names_of_buckets(buckets: dict[str, str | None], value: str) -> None:
     problems = Cloud(buckets=buckets).check()
     assert [(one.variable, one.value) for one in problems] == ([("platform_models_bucket", value)] if value else [])
+
+
+@pytest.mark.parametrize("operation", ["list_buckets", "get_bucket_tagging"])
+def test_who_may_not_ask_all_of_buckets_has_the_same_names(operation: str) -> None:
+    def refuse(**_: Any) -> Any:
+        raise refusal("AccessDenied")
+
+    old = {"c1-models": "c1"} if operation == "list_buckets" else {NEW: "c1"}
+    cloud = Cloud(buckets=old)
+    cloud.clients["s3"].handlers[operation] = refuse
+    assert cloud.check() == []
+
+
+def test_buckets_that_are_there_take_one_call_each_and_a_listing() -> None:
+    cloud = Cloud(buckets={NEW: "c1"})
+    cloud.check()
+    assert [name for name, _ in cloud.clients["s3"].calls] == ["list_buckets", "get_bucket_tagging"]
 
 
 @pytest.mark.parametrize(
