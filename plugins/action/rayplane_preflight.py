@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import linecache
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ from ansible.module_utils.rayplane_preflight_images import check_images
 from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
 from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
 from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
+from ansible.module_utils.rayplane_preflight_text import Respelled
+from ansible.module_utils.rayplane_preflight_values import whole
 
 try:
     # Where a value was read from; Ansible tags every value with it, and has no public name for the tag yet.
@@ -73,6 +77,7 @@ FACTS = (
         "account_bucket_suffix",
         "account_id",
         "eks_cluster",
+        "images_ray_made",
         "models_locations",
         "network_private_subnet_ids",
         "network_public_subnet_ids",
@@ -316,12 +321,24 @@ def _read_role(folder: Path, loader: Any) -> tuple[dict[str, Any], set[str], dic
 
 
 def _plain(value: Any) -> Any:
-    """Containers of Ansible's own as plain ones; scalars keep their tags."""
+    """Containers of Ansible's own as plain ones; scalars keep their tags, and numbers what was written for them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if whole(value) and (written := _written(value)) not in ("", str(value)):
+        value = Respelled(value)
+        value.written = written
     return value
+
+
+def _written(value: int) -> str:
+    """The text of a number in the file that it was read from; empty where that is not known."""
+    origin = Origin.get_tag(value) if Origin else None
+    if not origin or not origin.path or not origin.line_num or not origin.col_num:
+        return ""
+    found = re.match(r"[-+\w.:]+", linecache.getline(origin.path, origin.line_num)[origin.col_num - 1 :])
+    return found[0] if found else ""
 
 
 def _text(value: Any) -> str:

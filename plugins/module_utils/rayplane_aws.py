@@ -29,6 +29,7 @@ __all__ = [
     "Changes",
     "PlatformError",
     "cure_of",
+    "explain",
     "only_given",
     "run",
     "sync_tags",
@@ -471,10 +472,14 @@ class Api:
 
     def _failure(self, operation: str, resource: str, error: Exception) -> PlatformError:
         call = f"{self._service}:{_camel(operation)}"
-        code, reason = _code(error), _message(error)
-        what = f"{code}: {reason}" if code else f"{type(error).__name__}: {reason}"
-        cure = _cure(call, error)
-        return PlatformError(f"{call} failed for {resource}: {what.rstrip('. ')}{'. Cure: ' + cure if cure else ''}")
+        what, cure = explain(call, error)
+        return PlatformError(f"{call} failed for {resource}: {what}{'. Cure: ' + cure if cure else ''}")
+
+
+def explain(call: str, error: Exception) -> tuple[str, str]:
+    """Return what AWS or its SDK says in the error of a call (``ec2:CreateVpc``), and the cure, if one is known."""
+    what = f"{_code(error) or type(error).__name__}: {_message(error)}"
+    return what.rstrip(". "), _cure(call, error)
 
 
 def _camel(operation: str) -> str:

@@ -20,7 +20,7 @@ from ansible.module_utils.rayplane_aws import (
 )
 from ansible.module_utils.rayplane_policy import partition_of
 
-__all__ = ["ANYWHERE", "Context", "Item", "View", "new_id", "together"]
+__all__ = ["ANYWHERE", "Context", "Item", "View", "blocks_of", "new_id", "together"]
 
 ANYWHERE = "0.0.0.0/0"
 Item = dict[str, Any]
@@ -37,6 +37,16 @@ def together(jobs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
         return {name: future.result() for name, future in running.items()}
+
+
+def blocks_of(vpc: Mapping[str, Any]) -> list[str]:
+    """Return all blocks of addresses of a VPC, as EC2 describes it, the first one first."""
+    blocks = [str(vpc["CidrBlock"])]
+    for association in vpc.get("CidrBlockAssociationSet", ()):
+        state = association.get("CidrBlockState", {}).get("State", "associated")
+        if state in ("associated", "associating") and association["CidrBlock"] not in blocks:
+            blocks.append(association["CidrBlock"])
+    return blocks
 
 
 def new_id(resource: str) -> str:
@@ -94,15 +104,7 @@ class Context:
     @property
     def vpc_cidrs(self) -> list[str]:
         """All blocks of addresses of the VPC; of one that is not there yet, those asked for."""
-        vpc = self.view.vpc
-        if vpc is None:
-            return [self.params["vpc_cidr"]]
-        blocks = [vpc["CidrBlock"]]
-        for association in vpc.get("CidrBlockAssociationSet", ()):
-            state = association.get("CidrBlockState", {}).get("State", "associated")
-            if state in ("associated", "associating") and association["CidrBlock"] not in blocks:
-                blocks.append(association["CidrBlock"])
-        return blocks
+        return blocks_of(self.view.vpc) if self.view.vpc else [self.params["vpc_cidr"]]
 
     # Whose something is
 

@@ -55,18 +55,23 @@ class Problem:
         """Plain strings, for a registered result or a report file."""
         return {
             "variable": self.variable,
-            "value": show(self.value, secret=is_secret(self.variable)),
+            "value": show(self.value, secret=is_secret(self.variable, self.value)),
             "reason": self.reason,
             "cure": self.cure,
             "where": self.where,
         }
 
 
-def is_secret(variable: str) -> bool:
-    """Whether a variable's value must not be printed: the last name in its path says so."""
+def is_secret(variable: str, value: object = "") -> bool:
+    """Whether a variable's value must not be printed: the last name in its path says so.
+
+    A number is one where the name ends with the word, as ``api_token`` does and ``token_limit`` does not.
+    """
     names = [part for part in split_path(variable) if isinstance(part, str)]
-    last = names[-1].lower() if names else ""
-    return any(word in last for word in _SECRET_WORDS) and not last.endswith(_NOT_SECRET_ENDINGS)
+    last = names[-1].lower().replace("tokenizer", "") if names else ""
+    if not any(word in last for word in _SECRET_WORDS) or last.endswith(_NOT_SECRET_ENDINGS):
+        return False
+    return last.endswith(_SECRET_WORDS) or not isinstance(value, int | float)
 
 
 def show(value: object, secret: bool = False) -> str:
@@ -127,7 +132,7 @@ def _entry(number: int, problem: Problem) -> Iterator[str]:
     place = f"   ({problem.where})" if problem.where else ""
     yield f"{number:>3}. {problem.variable}{place}"
     rows = (
-        ("value", show(problem.value, secret=is_secret(problem.variable))),
+        ("value", show(problem.value, secret=is_secret(problem.variable, problem.value))),
         ("reason", problem.reason),
         ("cure", problem.cure),
     )

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible.module_utils.rayplane_account import NOT_READABLE, bucket_suffix
-from ansible.module_utils.rayplane_aws import OWNER_TAG, tag_dict
+from ansible.module_utils.rayplane_account import bucket_suffix
+from ansible.module_utils.rayplane_aws import OWNER_TAG, explain, tag_dict
 from ansible.module_utils.rayplane_instances import vcpus_of
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_access import is_administrator
@@ -23,6 +23,9 @@ STAND_IN = "000000000000"
 
 #: Zones that EKS's control plane does not run in. Source: EKS user guide, "VPC and subnet requirements".
 UNSUPPORTED_ZONES = ("use1-az3", "usw1-az2", "cac1-az3")
+
+#: Beginnings of the codes by which services tell that a permission is missing; a HEAD request has the status alone.
+_DENIED = ("AccessDenied", "UnauthorizedOperation", "AuthorizationError", "AuthFailure", "Forbidden", "403")
 
 #: EC2's quotas, counted in vCPUs: first letters of the families, their name, codes on demand and for spot. Source: the
 #: Service Quotas console; the EC2 user guide, "On-Demand Instance quotas", has the families.
@@ -98,20 +101,31 @@ def _groups(values: Values) -> list[Group]:
 
 
 class _Asking:
-    """The account's answers; what may not be asked is remembered, and told once."""
+    """The account's answers; what it does not answer is remembered, and told once."""
 
     def __init__(self, client: Callable[[str], Any]) -> None:
         self._client = client
+        #: Calls that may not be made, by the permission that is missing, with AWS's code.
         self.refused: dict[str, str] = {}
+        #: What AWS says of a variable's value, and the cure, if one is known.
+        self.wrong: dict[str, tuple[str, str]] = {}
+        #: The same of calls that failed for another reason, by call.
+        self.failed: dict[str, tuple[str, str]] = {}
 
     def read(self, operation: str, resource: str, absent: Sequence[str] = (), **arguments: Any) -> Any:
         """Call an operation of S3, in the form that ``Api.read`` has."""
         return self.ask("s3", operation, absent, **arguments)
 
-    def ask(self, service: str, operation: str, absent: Sequence[str] = (), **arguments: Any) -> Any:
-        """Call an operation; None where it is refused, or answered with one of the ``absent`` codes."""
+    def ask(
+        self, service: str, operation: str, absent: Sequence[str] = (), variable: str = "", **arguments: Any
+    ) -> Any:
+        """Call an operation; None where it fails, or is answered with one of the ``absent`` codes.
+
+        ``variable`` is the one whose value is asked about.
+        """
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow to import
 
+        call = f"{service.replace('-', '')}:{_camel(operation)}"
         try:
             client = self._client(service)
             if client.can_paginate(operation):
@@ -120,10 +134,14 @@ class _Asking:
             return getattr(client, operation)(**arguments)
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
-            if code not in absent:
-                self.refused[f"{service.replace('-', '')}:{_camel(operation)}"] = code
+            if code.startswith(_DENIED) and code not in absent:
+                self.refused[call] = code
+            elif code not in absent and variable and code.startswith("Invalid"):
+                self.wrong[variable] = explain(call, error)
+            elif code not in absent:
+                self.failed[call] = explain(call, error)
         except BotoCoreError as error:
-            self.refused[f"{service.replace('-', '')}:{_camel(operation)}"] = " ".join(str(error).split())
+            self.failed[call] = explain(call, error)
         return None
 
 
@@ -150,6 +168,14 @@ def check_account(
             "allow them to whoever runs preflight, which then finds what AWS would refuse later",
             warning=True,
         )
+    for variable, (said, cure) in asking.wrong.items():
+        reason = f"AWS says {said}"
+        yield Problem(variable, values.get(variable), reason, cure or "correct it, or the region or account it is in")
+    if asking.failed:
+        said = "; ".join(f"{call}: {what}" for call, (what, _) in sorted(asking.failed.items()))
+        cures = sorted({cure for _, cure in asking.failed.values() if cure})
+        reason = f"what these calls would tell is not known: {said}"
+        yield Problem("AWS", sorted(asking.failed), reason, "; ".join(cures) or "run preflight again", warning=True)
 
 
 # --- quotas ----------------------------------------------------------------------------------------------------------
@@ -258,7 +284,7 @@ def _zones(asking: _Asking, values: Values, region: str) -> tuple[str, list[str]
     for variable in ("eks_subnet_ids", "network_existing_private_subnet_ids"):
         ids = values.get(variable)
         if strings(ids) and ids:
-            answer = asking.ask("ec2", "describe_subnets", SubnetIds=list(ids))
+            answer = asking.ask("ec2", "describe_subnets", variable=variable, SubnetIds=list(ids))
             return variable, [one["AvailabilityZone"] for one in (answer or {}).get("Subnets", ())]
     zones = values.get("network_availability_zones")
     names = [region + zone if len(zone) == 1 else zone for zone in zones] if strings(zones) else []
@@ -315,6 +341,10 @@ def _offered(group: Group, offered: Mapping[str, set[str]], chosen: Sequence[str
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+#: What S3 answers where there is no such bucket, or it is in another region.
+_NO_BUCKET = ("NoSuchBucket", "NotFound", "404", "PermanentRedirect", "301", "AuthorizationHeaderMalformed", "400")
+
+
 def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region: str) -> Iterator[Problem]:
     old = values.get("account_old_buckets")
     suffix = bucket_suffix(asking, old if strings(old) else (), cluster, account, region)
@@ -323,10 +353,11 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
         if not isinstance(name, str) or not 3 <= len(name) <= 63:
             continue
         name = name.removesuffix(f"-{STAND_IN}-{region}") + (suffix if name.endswith(f"-{STAND_IN}-{region}") else "")
-        taken = ("403", "AccessDenied", "Forbidden")
-        found = asking.ask("s3", "head_bucket", ("404", "NoSuchBucket", "NotFound", "301", "400"), Bucket=name)
-        if asking.refused.get("s3:HeadBucket") in taken:
-            del asking.refused["s3:HeadBucket"]
+        answer = asking.ask("s3", "get_bucket_tagging", ("NoSuchTagSet", *_NO_BUCKET), Bucket=name)
+        # The tags may be closed where the bucket is not.
+        if asking.refused.pop("s3:GetBucketTagging", ""):
+            asking.ask("s3", "head_bucket", _NO_BUCKET, Bucket=name)
+        if asking.refused.pop("s3:HeadBucket", ""):
             yield Problem(
                 variable,
                 name,
@@ -334,16 +365,11 @@ def _buckets(asking: _Asking, values: Values, cluster: str, account: str, region
                 " credentials",
                 "choose another name, or check the credentials",
             )
-        elif found is not None:
-            answer = asking.ask("s3", "get_bucket_tagging", NOT_READABLE, Bucket=name)
-            owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
-            if owner != cluster:
-                yield Problem(
-                    variable,
-                    name,
-                    f"the bucket belongs to the cluster {owner} (tag {OWNER_TAG})",
-                    "choose another name",
-                )
+        owner = tag_dict((answer or {}).get("TagSet")).get(OWNER_TAG, cluster)
+        if owner != cluster:
+            yield Problem(
+                variable, name, f"the bucket belongs to the cluster {owner} (tag {OWNER_TAG})", "choose another name"
+            )
 
 
 # --- who deploys -----------------------------------------------------------------------------------------------------
@@ -360,9 +386,8 @@ def _administrator(asking: _Asking, values: Values, cluster: str, arn: str) -> I
     if ":assumed-role/" in arn:
         cure += "; EKS wants the role's path, too, if it has one, as roles of IAM Identity Center do: aws iam get-role"
         cure += f" --role-name {_role(arn).rpartition('/')[2]}"
-    refused = dict(asking.refused)
     found = asking.ask("eks", "describe_cluster", ("ResourceNotFoundException",), name=cluster)
-    if asking.refused != refused:
+    if {"eks:DescribeCluster"} & {*asking.refused, *asking.failed}:
         return
     if found is None:
         if values.get("eks_creator_is_admin") is False:

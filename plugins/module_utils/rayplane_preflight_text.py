@@ -17,7 +17,7 @@ from ansible.module_utils.rayplane_preflight_engine import serving_release
 from ansible.module_utils.rayplane_preflight_specs import from_text, name_of
 from ansible.module_utils.rayplane_preflight_values import Values, entries_of
 
-__all__ = ["texts"]
+__all__ = ["Respelled", "texts"]
 
 #: Variables and keys whose mappings hold text alone, by the end of their names; also those of charts' values.
 _TEXT = re.compile(r"(^|_)(annotations|env|labels|node_selector|ray_start_params|tags)$"
@@ -28,6 +28,12 @@ _ENV = re.compile(r"(^|_|[a-z])[eE]nv$")
 _ONE_AND_ZERO = re.compile(r"(VLLM|HF|RAY|NCCL|TORCH|TORCHDYNAMO|PYTORCH|CUDA|TRANSFORMERS|PYTHON)_?[A-Z]")
 #: A model's own words, and where a number or a truth value was surely meant as text.
 _MODEL_TEXTS = ("source", "revision", "license", "checksum", "route_prefix")
+
+
+class Respelled(int):
+    """A whole number whose digits are not what its author wrote: YAML reads 0042 as 34, and 12:30:00 as 45000."""
+
+    written: str
 
 
 def texts(values: Values) -> Iterator[Problem]:
@@ -80,7 +86,7 @@ def _walk(path: str, key: str, value: Any, secret: bool) -> Iterator[Problem]:
 
 
 def _is_text(value: Any, whole: bool = False) -> bool:
-    return isinstance(value, str) or (whole and isinstance(value, int) and not isinstance(value, bool))
+    return isinstance(value, str) or (whole and isinstance(value, int) and not isinstance(value, bool | Respelled))
 
 
 def _problem(path: str, value: Any, variable: str = "") -> Problem:
@@ -96,8 +102,11 @@ def _problem(path: str, value: Any, variable: str = "") -> Problem:
         word = str(value).lower()
         reason = f"YAML reads {'yes and on' if value else 'no and off'} as {word}, too, and it must be text"
         return Problem(path, value, reason, f'put it in quotes, as you mean it: "{word}"')
+    if isinstance(value, Respelled) and not is_secret(path, value):
+        reason = f"YAML reads {value.written} as the number {value}, and it must be text"
+        return Problem(path, value, reason, f'put it in quotes: "{value.written}"')
     if isinstance(value, int | float | datetime.date):
-        cure = "put it in quotes" if is_secret(path) else f'put it in quotes: "{value}"'
+        cure = "put it in quotes" if is_secret(path, value) else f'put it in quotes: "{value}"'
         return Problem(path, value, f"YAML reads it as {name_of(value)}, and it must be text", cure)
     return Problem(path, value, f"it is {name_of(value)}, and it must be text", 'write it as one text, "..."')
 

@@ -54,10 +54,10 @@ options:
     type: bool
     default: true
   public_access_cidrs:
-    description: Who reaches the public endpoint.
+    description: Who reaches the public endpoint. Without any, a public endpoint is refused; EKS would open it to all.
     type: list
     elements: str
-    default: [0.0.0.0/0]
+    default: []
   private_access_cidrs:
     description: >-
       Networks beside the nodes' that reach the private endpoint - rules for port 443 in the security group that EKS
@@ -65,6 +65,10 @@ options:
     type: list
     elements: str
     default: []
+  private_access_vpc:
+    description: Whether the cluster's own VPC reaches the private endpoint, too, whatever its addresses.
+    type: bool
+    default: false
   service_ipv4_cidr:
     description: Addresses of Kubernetes services, set when the cluster is made. Empty lets EKS choose.
     type: str
@@ -138,6 +142,7 @@ EXAMPLES = r"""
     version: "1.36"
     role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-control-plane
     subnet_ids: [subnet-1, subnet-2]
+    public_access_cidrs: [203.0.113.7/32]
     log_types: [api, audit]
 """
 
@@ -192,6 +197,7 @@ from ansible.module_utils.rayplane_eks import (
     wait_for_update,
 )
 from ansible.module_utils.rayplane_log_group import LogGroup
+from ansible.module_utils.rayplane_network_core import blocks_of
 from ansible.module_utils.rayplane_network_endpoints import rule_text
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
@@ -405,6 +411,13 @@ class Cluster:
             "endpointPrivateAccess": self.params["endpoint_private_access"],
         }
         if self.params["endpoint_public_access"]:
+            # EKS takes an empty list for 0.0.0.0/0.
+            if not self.params["public_access_cidrs"]:
+                raise PlatformError(
+                    f"{self.resource}: eks_endpoint_public_cidrs is empty and eks_endpoint_public_access is true, so"
+                    " EKS would open the API server to the whole internet; nothing was changed: name the networks of"
+                    " those who deploy, such as 203.0.113.7/32, or set eks_endpoint_public_access to false"
+                )
             access["publicAccessCidrs"] = sorted(self.params["public_access_cidrs"])
         return access
 
@@ -475,7 +488,7 @@ class Cluster:
     def _keep_security_group(self, now: dict[str, Any] | None) -> None:
         """Tag the security group that EKS made, and open it to those who reach the private endpoint."""
         tags = {str(key): str(value) for key, value in self.params["security_group_tags"].items()}
-        cidrs = set(self.params["private_access_cidrs"])
+        cidrs = {*self.params["private_access_cidrs"], *self._vpc_cidrs(now)}
         resource = f"security group of {self.resource}"
         group = (now or {}).get("resourcesVpcConfig", {}).get("clusterSecurityGroupId")
         if not group:
@@ -488,7 +501,7 @@ class Cluster:
         lacking = sync_tags(self.changes, resource, tag_dict(found.get("Tags")), tags)
         if lacking:
             ec2.write("create_tags", resource, Resources=[group], Tags=tag_list(lacking))
-        self._note_foreign(resource, found.get("IpPermissions", ()))
+        self._note_foreign(resource, found.get("IpPermissions", ()), cidrs)
         rules = {
             one["CidrIp"]: one.get("Description", "")
             for permission in found.get("IpPermissions", ())
@@ -508,15 +521,26 @@ class Cluster:
                 permission = {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": ranges}
                 ec2.write(operation, resource, GroupId=group, IpPermissions=[permission])
 
-    def _note_foreign(self, resource: str, permissions: Sequence[dict[str, Any]]) -> None:
+    def _vpc_cidrs(self, now: dict[str, Any] | None) -> list[str]:
+        if not self.params["private_access_vpc"]:
+            return []
+        ec2, resource = self.service("ec2"), f"VPC of {self.resource}"
+        vpc = (now or {}).get("resourcesVpcConfig", {}).get("vpcId")
+        if not vpc:
+            (subnet, *_) = ec2.read("describe_subnets", resource, SubnetIds=self.params["subnet_ids"])["Subnets"]
+            vpc = subnet["VpcId"]
+        blocks: list[str] = blocks_of(ec2.read("describe_vpcs", resource, VpcIds=[vpc])["Vpcs"][0])
+        return blocks
+
+    def _note_foreign(self, resource: str, permissions: Sequence[dict[str, Any]], wanted: set[str]) -> None:
         """Record networks that others admitted; they stay. Load balancers' rules tell by their description."""
         made = (CLIENT_RULE, "kubernetes.io/", "elbv2.k8s.aws/")
         for one in permissions:
             for source in (*one.get("IpRanges", ()), *one.get("Ipv6Ranges", ()), *one.get("PrefixListIds", ())):
                 network = source.get("CidrIp") or source.get("CidrIpv6") or source["PrefixListId"]
                 rule = (one["IpProtocol"], one.get("FromPort"), one.get("ToPort"), network)
-                wanted = rule[:3] == ("tcp", 443, 443) and network in self.params["private_access_cidrs"]
-                if not wanted and not source.get("Description", "").startswith(made):
+                ours = rule[:3] == ("tcp", 443, 443) and network in wanted
+                if not ours and not source.get("Description", "").startswith(made):
                     self.changes.foreign(resource, f"ingress {rule_text(rule)}", "allowed")
 
     def _note_clients(self, resource: str, have: set[str], want: set[str]) -> None:
@@ -594,8 +618,9 @@ def main() -> None:
             "security_group_ids": {"type": "list", "elements": "str", "default": []},
             "endpoint_public_access": {"type": "bool", "default": True},
             "endpoint_private_access": {"type": "bool", "default": True},
-            "public_access_cidrs": {"type": "list", "elements": "str", "default": ["0.0.0.0/0"]},
+            "public_access_cidrs": {"type": "list", "elements": "str", "default": []},
             "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
+            "private_access_vpc": {"type": "bool", "default": False},
             "service_ipv4_cidr": {"type": "str", "default": ""},
             "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
             "log_retention_days": {"type": "int", "default": 90},

@@ -71,6 +71,7 @@ actions:
   elements: str
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run
@@ -91,7 +92,7 @@ class PodIdentities(EksSet):
             if account in wanted:
                 raise PlatformError(f"{_name(account)} is listed twice: a service account has one role")
             wanted[account] = resolve_role(association["role_arn"], self.params["role_arns"])
-        have = self._observe()
+        have = self._observe(wanted)
         for account, role_arn in wanted.items():
             self._reconcile_one(account, role_arn, have.get(account))
         for account, now in self.unwanted(have, wanted).items():
@@ -99,8 +100,13 @@ class PodIdentities(EksSet):
             self._write("delete_pod_identity_association", account, associationId=now["associationId"])
         return {}
 
-    def _observe(self) -> dict[Account, dict[str, Any]]:
-        summaries = self.list_all("list_pod_identity_associations", "associations")
+    def _observe(self, wanted: Collection[Account]) -> dict[Account, dict[str, Any]]:
+        # Those of add-ons are the add-ons' own, unless they are asked for here.
+        summaries = [
+            one
+            for one in self.list_all("list_pod_identity_associations", "associations")
+            if not one.get("ownerArn") or (one["namespace"], one["serviceAccount"]) in wanted
+        ]
 
         def describe(summary: dict[str, Any]) -> dict[str, Any] | None:
             found: dict[str, Any] | None = self.describe(

@@ -311,6 +311,7 @@ def test_a_taken_name_is_there_and_forbidden(account: Account) -> None:
     where = {"LocationConstraint": account.region}
     for call, code in (
         (lambda: s3.head_bucket(Bucket="ray-llm-models"), "403"),
+        (lambda: s3.get_bucket_tagging(Bucket="ray-llm-models"), "AccessDenied"),
         (lambda: s3.create_bucket(Bucket="ray-llm-models", CreateBucketConfiguration=where), "BucketAlreadyExists"),
     ):
         with pytest.raises(ClientError) as refused:

@@ -25,6 +25,13 @@ def _versions(account: Account) -> set[str]:
     return {eks.describe_cluster(name=NAME)["cluster"]["version"], *nodes}
 
 
+def _clients(account: Account) -> set[str]:
+    """The networks that the cluster's own security group admits."""
+    network = account.client("eks").describe_cluster(name=NAME)["cluster"]["resourcesVpcConfig"]
+    (group,) = account.ec2.describe_security_groups(GroupIds=[network["clusterSecurityGroupId"]])["SecurityGroups"]
+    return {one["CidrIp"] for rule in group["IpPermissions"] for one in rule["IpRanges"]}
+
+
 def test_a_cluster_follows_the_default(account: Account, playbook: Playbook) -> None:
     subnets = [one["SubnetId"] for one in account.ec2.describe_subnets()["Subnets"]][:2]
     variables = {
@@ -36,6 +43,9 @@ def test_a_cluster_follows_the_default(account: Account, playbook: Playbook) -> 
     }
     playbook(*EKS, variables={**variables, "eks_kubernetes_version": OLD}).succeeded(HOST)
     assert _versions(account) == {OLD}
+    # Without the stage network, too, the VPC reaches the private endpoint.
+    vpcs = {one["CidrBlock"] for one in account.ec2.describe_vpcs()["Vpcs"]}
+    assert _clients(account) == vpcs
     plan = playbook(*EKS, "--check", variables=variables).succeeded(HOST)
     assert _versions(account) == {OLD}
     done = playbook(*EKS, variables=variables).succeeded(HOST)

@@ -16,6 +16,8 @@ import yaml
 from ansible.module_utils import container_registry
 from ansible.module_utils.container_registry import Credentials, Reference, RegistryError, digest_of, parse
 from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from aws_fake import FakeClient, refusal
 from conftest import PROJECT
 
@@ -339,3 +341,27 @@ def test_every_tag_that_leads_to_the_images_builds_some() -> None:
         assert all(f"'{tag}'" in condition for condition in builds)
     for tag in play["roles"][0]["tags"]:
         assert any(f"'{tag}'" in condition for condition in builds)
+
+
+@pytest.mark.parametrize(
+    ("role", "variables", "refused"),
+    [
+        ("gateway", {"gateway_enabled": True, "gateway_image": ""}, "gateway_image"),
+        ("gateway", {"gateway_enabled": True, "gateway_image": "a/b:1"}, ""),
+        ("gateway", {"gateway_enabled": False, "gateway_image": ""}, ""),
+        ("rayservice", {"images_ray_packages": ["peft"]}, "images_ray_packages"),
+        ("rayservice", {"images_ray_packages": ["peft"], "images_ray_made": True}, ""),
+        ("rayservice", {}, ""),
+    ],
+)
+def test_a_run_without_the_images_is_refused_where_one_is_missing(
+    role: str, variables: dict[str, Any], refused: str
+) -> None:
+    """Tags may leave the role out that makes them."""
+    *_, task = yaml.safe_load((PROJECT / "roles" / role / "tasks/check.yml").read_text(encoding="utf-8"))
+    of_task = {name: trust_as_template(text) for name, text in task.get("vars", {}).items()}
+    templar = Templar(DataLoader(), variables={**variables, **of_task})
+    wanted = templar.evaluate_conditional(trust_as_template(task.get("when", "true")))
+    met = templar.evaluate_conditional(trust_as_template(task["ansible.builtin.assert"]["that"]))
+    assert (wanted and not met) is bool(refused)
+    assert refused in templar.template(trust_as_template(task["ansible.builtin.assert"]["fail_msg"]))

@@ -259,7 +259,7 @@ def test_drift_compares_every_stage_of_deploy() -> None:
 def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> None:
     """A role run alone by its tag would otherwise see no key, and take it from what it keeps."""
     stages = [stage for _, stage in _stages(playbook)]
-    (key_tags,) = [set(tags) for role, _, tags in stages if role == "encryption"]
+    key_tags = set(yaml.safe_load((PROJECT / "roles/encryption/vars/main.yml").read_text())["__encryption_tags"])
     lacking = {}
     for role, part, tags in stages:
         # Preflight describes the variable, and what builds images only pushes them: neither encrypts anything.
@@ -272,6 +272,13 @@ def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> 
             lacking |= {(role, part): set(tags) - key_tags - {"always"}}
     assert lacking.keys() >= {("network", "main"), ("storage_class", "main"), ("autoscaler", "main")}
     assert {stage: tags for stage, tags in lacking.items() if tags} == {}
+
+
+@pytest.mark.parametrize("playbook", ["deploy.yml", "drift.yml"])
+def test_no_tag_leaves_out_what_all_stages_look_up(playbook: str) -> None:
+    """A role or play with further tags would be left out by `--skip-tags` with any of them."""
+    tags = {role: tags for _, (role, _, tags) in _stages(playbook) if role in ("account", "encryption")}
+    assert tags == dict.fromkeys(("account", "encryption"), ("always",))
 
 
 def test_every_tag_that_chooses_the_images_has_them_made() -> None:

@@ -202,6 +202,17 @@ def test_a_changed_role_is_repaired_and_an_unlisted_one_removed() -> None:
     ]
 
 
+def test_associations_of_add_ons_are_described_only_where_they_are_asked_for() -> None:
+    fake = FakeIdentities()
+    associate(fake, ("ray", "reader"), ("aws-node", "arn:cni"))
+    fake.known["a-1"]["ownerArn"] = "arn:addon"
+    for asked, described in (((("ray", "reader"),), ["a-0"]), ((("aws-node", "arn:cni"),), ["a-0", "a-1"])):
+        fake.client.calls.clear()
+        associate(fake, *asked, check=True)
+        told = [given["associationId"] for name, given in fake.client.calls if name.startswith("describe_pod")]
+        assert sorted(told) == described
+
+
 def test_a_service_account_has_one_role() -> None:
     with pytest.raises(PlatformError, match="listed twice"):
         associate(FakeIdentities(), ("ray", "reader"), ("ray", "arn:other"))

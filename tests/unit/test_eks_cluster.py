@@ -20,6 +20,7 @@ PARAMS = {
     "endpoint_private_access": True,
     "public_access_cidrs": ["0.0.0.0/0"],
     "private_access_cidrs": [],
+    "private_access_vpc": False,
     "service_ipv4_cidr": "",
     "log_types": ["api", "audit"],
     "log_retention_days": 90,
@@ -274,6 +275,15 @@ def test_properties_are_updated_one_kind_at_a_time_and_named() -> None:
     assert [config["accessConfig"]["authenticationMode"] for config in configs[2:4]] == ["API_AND_CONFIG_MAP", "API"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_public_endpoint_for_nobody_is_refused_before_anything_is_made(there: bool) -> None:
+    eks = FakeEks()
+    eks.cluster = eks.cluster if there else None
+    with pytest.raises(PlatformError, match="eks_endpoint_public_cidrs is empty"):
+        converge(eks, public_access_cidrs=[])
+    assert eks.client.writes() == eks.logs.writes() == []
+
+
 def test_encryption_is_added_but_never_changed() -> None:
     eks = FakeEks()
     _, changes = converge(eks, encryption_key_arn="arn:key")
@@ -383,6 +393,23 @@ def test_networks_that_others_admitted_are_told_and_stay() -> None:
     told = [one["property"] for one in changes.result().get("foreign", [])]
     assert told == ["ingress tcp 8000-8000 from 0.0.0.0/0", "ingress tcp 8000-8000 from ::/0"]
     assert eks.ec2.writes() == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_clusters_own_vpc_is_asked_for_its_addresses(there: bool) -> None:
+    eks = FakeEks()
+    if there:
+        eks.cluster["resourcesVpcConfig"]["vpcId"] = "vpc-1"
+    else:
+        eks.cluster = None
+    eks.ec2.handlers |= {
+        "describe_subnets": lambda **_: {"Subnets": [{"VpcId": "vpc-1"}, {"VpcId": "vpc-1"}]},
+        "describe_vpcs": lambda VpcIds: {"Vpcs": [{"CidrBlock": "10.7.0.0/16"}] if VpcIds == ["vpc-1"] else []},
+    }
+    _, changes = converge(eks, check=True, private_access_vpc=True, private_access_cidrs=["192.0.2.0/24"])
+    assert changes.actions[-1] == (
+        "update security group of cluster c1: clients: absent -> ['10.7.0.0/16', '192.0.2.0/24']"
+    )
 
 
 def test_nothing_to_do_takes_one_call_of_each_service() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_secrets_are_not_shown(name: str) -> None:
 @pytest.mark.parametrize("name", ["secrets_aws_name", "engine.max_tokens", "eks_secrets_enabled", "platform_region"])
 def test_what_only_sounds_secret_is_shown(name: str) -> None:
     assert not is_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("engine.long_prefill_token_threshold", 4096, True),
+        ("gateway_roles.free.tokens_per_minute", 0.5, True),
+        ("engine.skip_tokenizer_init", True, True),
+        ("engine.tokenizer_mode", "fast", True),
+        ("redis_password", 12345678, False),
+        ("env.API_TOKEN", 12345678, False),
+        ("token_of_mine", "sesame", False),
+    ],
+)
+def test_numbers_about_tokens_are_shown(name: str, value: object, shown: bool) -> None:
+    assert (Problem(name, value, "r", "c").as_dict()["value"] == json.dumps(value)) is shown
 
 
 def test_long_values_are_cut() -> None:

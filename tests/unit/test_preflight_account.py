@@ -72,7 +72,12 @@ class Cloud:
                     ]
                 },
             ),
-            "s3": Client("s3", head_bucket=self.head_bucket, get_bucket_tagging=self.get_bucket_tagging),
+            "s3": Client(
+                "s3",
+                head_bucket=self.head_bucket,
+                get_bucket_tagging=self.get_bucket_tagging,
+                list_buckets=lambda **_: {"Buckets": [{"Name": name} for name, who in self.buckets.items() if who]},
+            ),
             "eks": Client(
                 "eks",
                 describe_cluster=self.describe_cluster,
@@ -96,6 +101,8 @@ class Cloud:
     def get_bucket_tagging(self, Bucket: str, **_: str) -> Any:
         if Bucket not in self.buckets:
             raise refusal("NoSuchBucket")
+        if self.buckets[Bucket] is None:
+            raise refusal("AccessDenied")
         return {"TagSet": [{"Key": "rayplane.io/cluster", "Value": self.buckets[Bucket]}]}
 
     def describe_cluster(self, **_: str) -> Any:
@@ -220,6 +227,23 @@ def test_names_of_buckets(buckets: dict[str, str | None], value: str) -> None:
     assert [(one.variable, one.value) for one in problems] == ([("platform_models_bucket", value)] if value else [])
 
 
+@pytest.mark.parametrize("operation", ["list_buckets", "get_bucket_tagging"])
+def test_who_may_not_ask_all_of_buckets_has_the_same_names(operation: str) -> None:
+    def refuse(**_: Any) -> Any:
+        raise refusal("AccessDenied")
+
+    old = {"c1-models": "c1"} if operation == "list_buckets" else {NEW: "c1"}
+    cloud = Cloud(buckets=old)
+    cloud.clients["s3"].handlers[operation] = refuse
+    assert cloud.check() == []
+
+
+def test_buckets_that_are_there_take_one_call_each_and_a_listing() -> None:
+    cloud = Cloud(buckets={NEW: "c1"})
+    cloud.check()
+    assert [name for name, _ in cloud.clients["s3"].calls] == ["list_buckets", "get_bucket_tagging"]
+
+
 @pytest.mark.parametrize(
     ("buckets", "suffix"),
     [({}, "-123456789012-us-west-2"), ({"c1-logs": "c1"}, ""), ({"c1-models": "c2"}, "-123456789012-us-west-2")],
@@ -260,6 +284,37 @@ def test_who_deploys_is_an_administrator(
 def test_what_may_not_be_asked_is_told_once_and_holds_nothing() -> None:
     (problem,) = Cloud(quota=-1).check()
     assert problem.warning and problem.value == ["servicequotas:GetServiceQuota"]
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "variable", "words"),
+    [
+        (
+            "InvalidSubnetID.NotFound",
+            {"eks_subnet_ids": ["subnet-1"]},
+            "eks_subnet_ids",
+            "InvalidSubnetID.NotFound: no",
+        ),
+        (
+            "RequestLimitExceeded",
+            {"eks_subnet_ids": ["subnet-1"]},
+            "AWS",
+            "ec2:DescribeSubnets: RequestLimitExceeded: no",
+        ),
+        ("UnauthorizedOperation", {"eks_subnet_ids": ["subnet-1"]}, "AWS permissions", "UnauthorizedOperation"),
+    ],
+)
+def test_what_is_no_permission_is_told_in_awss_own_words(
+    code: str, changes: dict[str, Any], variable: str, words: str
+) -> None:
+    def refuse(**_: Any) -> Any:
+        raise refusal(code)
+
+    cloud = Cloud()
+    cloud.clients["ec2"].handlers["describe_subnets"] = refuse
+    (problem,) = cloud.check(**changes)
+    assert problem.variable == variable and words in problem.reason
+    assert problem.warning is (variable != "eks_subnet_ids")
 
 
 def test_names_with_account_and_region_are_measured_before_anybody_is_asked() -> None:

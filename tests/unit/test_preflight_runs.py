@@ -26,6 +26,7 @@ EVERYTHING_WRONG = """
 platform_models_bucket: My_Models
 platform_namespace: "{{ platform_nmespace }}-x"
 platform_region: us-west-2a
+platform_tags: {CostCenter: 1234, Code: 0042}
 rayservice_modles: []
 eks_gpu_max_size: 0
 eks_kubernetes_version: 1.30
@@ -114,6 +115,7 @@ def test_everything_is_found_in_one_pass(validate) -> None:  # type: ignore[no-u
         "rayservice_wait",
         "platform_models_bucket",
         "platform_region",
+        "platform_tags.Code",
         "network_vpc_cidr",
         "eks_node_groups[1].max_size",
         "secrets_hugging_face_token",
@@ -127,6 +129,7 @@ def test_everything_is_found_in_one_pass(validate) -> None:  # type: ignore[no-u
         "rayservice_models[2].id",
         "AWS credentials",
     }, run.output
+    assert 'quotes: "0042"' in run.problems("cloud")["platform_tags.Code"]
     # Another platform's variables are not this cluster's affair; an unknown platform is told, and the rest checked.
     assert "network_vpc_cidr" not in run.problems("own")
     assert "there is no such file" in run.problems("own")["platform_kubeconfig"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.rayplane_preflight import Problem
-from ansible.module_utils.rayplane_preflight_text import texts
+from ansible.module_utils.rayplane_preflight_text import Respelled, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,9 +108,22 @@ def test_a_fault_is_told_where_it_was_made() -> None:
     assert set(problems) == {"platform_tags.Managed", "rayservice_models[0].env.DEBUG"}
 
 
-def test_a_secret_is_not_shown() -> None:
-    problem = found(gateway_env={"API_TOKEN": 1.25})["gateway_env.API_TOKEN"]
-    assert "1.25" not in problem.cure + str(problem.as_dict())
+def respelled(written: str, value: int) -> Respelled:
+    number = Respelled(value)
+    number.written = written
+    return number
+
+
+@pytest.mark.parametrize("name", ["platform_tags", "gateway_env"])
+def test_a_number_that_yaml_reads_otherwise_is_refused(name: str) -> None:
+    problem = found(**{name: {"X": respelled("0042", 34)}})[f"{name}.X"]
+    assert "0042 as the number 34" in problem.reason and problem.cure == 'put it in quotes: "0042"'
+
+
+@pytest.mark.parametrize("value", [1.25, respelled("0125", 85)])
+def test_a_secret_is_not_shown(value: float) -> None:
+    problem = found(gateway_env={"API_TOKEN": value})["gateway_env.API_TOKEN"]
+    assert "25" not in problem.reason + problem.cure + str(problem.as_dict())
 
 
 anything = st.recursive(

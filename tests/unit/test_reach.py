@@ -187,6 +187,7 @@ def test_the_private_endpoint_admits_its_clients(rules: dict[str, str], cidrs: l
     group = Group(**rules)
     now = {"resourcesVpcConfig": {"clusterSecurityGroupId": "sg-1"}}
     params = {"name": "c1", "tags": {}, "security_group_tags": {}, "private_access_cidrs": cidrs}
+    params |= {"private_access_vpc": False}
     for check in (True, False, False):
         changes = Changes(check)
         cluster = eks_cluster.Cluster(

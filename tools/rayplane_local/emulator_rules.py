@@ -211,6 +211,14 @@ def head_bucket(inner: Callable[[str], Answer], name: str) -> Answer:
     return (403, {}, b"") if name in setting("taken_buckets", ()) else inner(name)
 
 
+def get_bucket_tagging(inner: Callable[[str], Answer], name: str) -> Answer:
+    """GetBucketTagging: the same."""
+    if name not in setting("taken_buckets", ()):
+        return inner(name)
+    refused: Answer = s3._error("AccessDenied", "Access Denied", 403, f"/{name}")
+    return refused
+
+
 # Rules of security groups
 
 
@@ -489,6 +497,7 @@ def install() -> None:
     s3._validate_bucket_name = partial(is_bucket_name, s3._validate_bucket_name)
     s3._create_bucket = partial(create_bucket, s3._create_bucket)
     s3._head_bucket = partial(head_bucket, s3._head_bucket)
+    s3._get_bucket_tagging = partial(get_bucket_tagging, s3._get_bucket_tagging)
     ec2._parse_ip_permissions = partial(parse_permissions, ec2._parse_ip_permissions)
     for direction, key in DIRECTIONS.items():
         for verb, wrapper in (("Authorize", authorize), ("Revoke", revoke)):
