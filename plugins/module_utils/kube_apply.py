@@ -24,6 +24,7 @@ from ansible.module_utils.kube_room import no_node_for, requests_of
 from ansible.module_utils.kube_state import (
     READY,
     Final,
+    cannot_start,
     collect_evidence,
     condition_state,
     current_pods,
@@ -325,8 +326,11 @@ class ApplySet:
                 "Lower what it asks for, or make room."
             )
 
-    def _restore(self, names: Iterable[str]) -> list[str]:
-        """Give objects that cannot become ready back the pods that they had; what was done, in words."""
+    def _restore(self, names: Iterable[str], certain: bool) -> list[str]:
+        """Give objects that cannot become ready back the pods that they had; what was done, in words.
+
+        Where it is not ``certain``, an object whose pods are merely slow is left to go on.
+        """
         done = []
         for name in names:
             before = self._before.get(name)
@@ -336,20 +340,30 @@ class ApplySet:
             meta = before["metadata"]
             try:
                 live = self.cluster.get(resource, meta["namespace"], meta["name"])
-                if live is None:
+                if live is None or not (certain or cannot_start(self.cluster, live)):
                     continue
-                stuck = [pod["metadata"]["name"] for pod in current_pods(self.cluster, live) if not is_ready(pod)]
                 version = {"resourceVersion": live["metadata"]["resourceVersion"]}
                 path = resource.path(meta["namespace"], meta["name"])
                 self.cluster.request("PUT", path, {**before, "metadata": {**meta, **version}})
-                # The controller waits for a StatefulSet's pod to get ready before it replaces it, for ever.
-                for pod in stuck if live["kind"] == "StatefulSet" else []:
-                    self.cluster.delete(Resource("v1", "Pod", "pods", True), meta["namespace"], pod)
             except KubeError as error:
                 done.append(f"{name} could not be set back to what ran before: {error}")
-            else:
-                done.append(f"{name} was set back to what ran before")
+                continue
+            done.append(f"{name} was set back to what ran before")
+            if live["kind"] == "StatefulSet":
+                done += self._end_stuck_pods(live)
         return done
+
+    def _end_stuck_pods(self, live: Json) -> list[str]:
+        """Delete the pods of a StatefulSet that do not start: before it replaces them, its controller waits for them to
+        get ready, for ever. Returns what went wrong, in words."""
+        try:
+            for pod in current_pods(self.cluster, live):
+                if not is_ready(pod):
+                    meta = pod["metadata"]
+                    self.cluster.delete(Resource("v1", "Pod", "pods", True), meta["namespace"], meta["name"])
+        except KubeError as error:
+            return [f"delete the pods of {label_of(live)} that are not ready, or they stay as they are: {error}"]
+        return []
 
     def _port_moves(self, item: Json, said: str) -> bool:
         """Whether a node port is refused only because another Service of ours has it, which an earlier stage of the
@@ -517,9 +531,9 @@ class ApplySet:
             if lost or elapsed > timeout:
                 said = "; ".join(f"{name}: {reasons[name]}" for name in lost or names)
                 shown = collect_evidence(self.cluster, waiting, evidence or {})
-                if lost:
-                    raise ApplyError(f"cannot become ready: {said}", [*self._restore(lost), *shown])
-                raise ApplyError(f"not ready after {elapsed:.0f} s: {said}", shown)
+                restored = self._restore(lost or names, certain=bool(lost))
+                how = "cannot become ready" if lost else f"not ready after {elapsed:.0f} s"
+                raise ApplyError(f"{how}: {said}", [*restored, *shown])
             time.sleep(pause)
             pause = min(pause * 1.3, 3.0)
 

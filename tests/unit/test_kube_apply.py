@@ -347,3 +347,57 @@ def test_a_change_that_cannot_start_is_taken_back(
     assert "StatefulSet llm/gateway was set back to what ran before" in str(caught.value)
     assert two_cores.writes[-2:] == [f"PUT {STATEFUL}", f"DELETE {stuck}"]
     assert two_cores.objects[STATEFUL]["spec"]["template"]["spec"]["containers"][0]["image"] == "old"
+
+
+@pytest.mark.parametrize(
+    ("container", "set_back"),
+    [
+        ({"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "restartCount": 1}, True),
+        ({"state": {"running": {}}, "restartCount": 3}, True),
+        ({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "i/o timeout"}}, "restartCount": 0}, True),
+        ({"state": {"waiting": {"reason": "ContainerCreating"}}, "restartCount": 0}, False),
+        ({"state": {"running": {}}, "restartCount": 0}, False),
+        ({"state": {"running": {}}, "restartCount": 3, "ready": True}, False),
+    ],
+)
+def test_when_time_is_over_a_change_that_fails_is_taken_back_and_a_slow_one_is_not(
+    two_cores: Server, cluster: Cluster, container: Json, set_back: bool
+) -> None:
+    status = {"containerStatuses": [{"name": "c", "image": "new", **container}]}
+    two_cores.put("/api/v1/namespaces/llm/pods/gateway-0", pod("gateway-0", "1", revision="2", **status))
+    change = work(cluster)
+    change.apply([stateful("1", image="new")])
+    target = {"api_version": "apps/v1", "kind": "StatefulSet", "namespace": "llm", "name": "gateway"}
+    with pytest.raises(ApplyError, match="not ready after 0 s") as caught:
+        change.wait([target], 0)
+    assert ("was set back" in str(caught.value)) is set_back
+    assert (f"PUT {STATEFUL}" in two_cores.writes) is set_back
+
+
+@pytest.mark.parametrize(
+    ("condition", "set_back"),
+    [
+        ({"type": "Progressing", "status": "True"}, False),
+        ({"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}, True),
+        ({"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}, True),
+        ({"type": "Available", "status": "False"}, True),
+    ],
+)
+def test_who_may_not_list_pods_is_told_by_the_deployment(
+    two_cores: Server, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, condition: Json, set_back: bool
+) -> None:
+    path = "/apis/apps/v1/namespaces/llm/deployments/gateway"
+    available = {"type": "Available", "status": "True"}
+    live: Json = {**stateful("1"), "kind": "Deployment"}
+    live["metadata"] |= {"resourceVersion": "7", "generation": 1, "labels": LABELS}
+    live["status"] = {"observedGeneration": 1, "conditions": [condition, available]}
+    two_cores.put(path, live)
+    two_cores.unlisted = {"pods", "replicasets"}
+    monkeypatch.setattr("ansible.module_utils.kube_apply._REFUSED_PATIENCE_S", 0.0)
+    change = work(cluster)
+    change.apply([{**stateful("1", image="new"), "kind": "Deployment"}])
+    target = {"api_version": "apps/v1", "kind": "Deployment", "namespace": "llm", "name": "gateway"}
+    with pytest.raises(ApplyError, match="not ready after") as caught:
+        change.wait([target], 0)
+    assert ("was set back" in str(caught.value)) is set_back
+    assert two_cores.writes == [f"PATCH {path}", *([f"PUT {path}"] if set_back else [])]
