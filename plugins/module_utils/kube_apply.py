@@ -30,7 +30,6 @@ from ansible.module_utils.kube_state import (
     current_pods,
     is_ready,
     pods_problem,
-    selector_of,
 )
 
 DIGEST = "rayplane.io/applied-digest"
@@ -307,23 +306,17 @@ class ApplySet:
         return kind, live, after
 
     def _look_for_room(self, item: Json, live: Json | None) -> None:
-        """Refuse a change that would end a running pod for one that has no place: a StatefulSet's goes before its
-        successor comes, and so does a Deployment's where its strategy is Recreate."""
+        """Refuse a change of pods that run for some that no node could take if it were empty. Room that is merely used
+        up is not looked at: pods may leave, and nodes come that nobody announced."""
         if live is None or item["kind"] not in _REPLACES_PODS:
             return
         old, new = live["spec"]["template"]["spec"], item["spec"]["template"]["spec"]
         if requests_of(old) == requests_of(new) and (old.get("nodeSelector") or {}) == (new.get("nodeSelector") or {}):
             return
-        labels = live["spec"]["selector"].get("matchLabels") or {}
-        pods = Resource("v1", "Pod", "pods", True)
-        own = self.cluster.list(pods, live["metadata"].get("namespace"), selector_of(labels)) if labels else []
-        strategy = item["spec"].get("strategy") or live["spec"].get("strategy") or {}
-        goes_first = item["kind"] == "StatefulSet" or strategy.get("type") == "Recreate"
-        without = [pod["metadata"]["name"] for pod in own] if goes_first else []
-        if why := no_node_for(self.cluster, new, without):
+        if why := no_node_for(self.cluster, new):
             raise ApplyError(
                 f"{label_of(item)} stays as it is: its changed pod fits on no node: {why}. "
-                "Lower what it asks for, or make room."
+                "Lower what it asks for, or add such a node."
             )
 
     def _restore(self, names: Iterable[str], certain: bool) -> list[str]:

@@ -296,9 +296,10 @@ def pods_problem(cluster: Cluster, live: Json) -> Final | None:
                 continue
             if why := no_node_for(cluster, pod["spec"]):
                 return Final(f"pod {name} fits on no node: {why}", 10.0)
-            # What runs may leave its place; a cluster that an upgrade replaces does so a minute late.
+            # What runs may leave its place, as a cluster does that an upgrade replaces; a lost node's successor, or one
+            # of an autoscaler that we do not know, takes minutes to come.
             if why := no_node_for(cluster, pod["spec"], [name]):
-                return Final(f"pod {name} has no room beside what runs: {why}", 180.0)
+                return Final(f"pod {name} has no room beside what runs: {why}", 300.0)
     return None if pods else _rollout_problem(live)
 
 
