@@ -10,15 +10,16 @@ import http.client
 import json
 import os
 import re
+import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Credentials", "Reference", "RegistryError", "auth_file_text", "digest_of", "parse", "stored_credentials"]
 
-#: Seconds to connect, and to answer.
+#: Seconds to connect, and to answer; a credential helper's, too.
 PATIENCE = 10
 _MANIFESTS = (
     "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json,"
@@ -34,6 +35,8 @@ _HUB = "docker.io"
 #: Hosts of the Docker Hub whose names differ from that of its images.
 _API_HOSTS = {_HUB: "registry-1.docker.io"}
 _HUB_AUTH = "https://index.docker.io/v1/"
+#: What stands in place of a user's name where the password is an identity token.
+_IDENTITY = "<token>"
 
 
 class RegistryError(Exception):
@@ -45,7 +48,7 @@ class RegistryError(Exception):
 
 
 class Credentials(NamedTuple):
-    """What a registry knows somebody by."""
+    """What a registry knows somebody by. With an identity token as password the username is ``<token>``."""
 
     username: str
     password: str
@@ -146,28 +149,65 @@ def _authorization(
     given = dict(re.findall(r'(\w+)="([^"]*)"', rest))
     query = {"service": given.get("service", ""), "scope": f"repository:{repository}:pull"}
     realm = given["realm"] if given.get("realm", "").startswith(("https://", "http://")) else ""
-    request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310 - checked above
-    if credentials:
-        request.add_unredirected_header("Authorization", f"Basic {credentials.basic}")
+    if credentials and credentials.username == _IDENTITY:
+        # An OAuth 2 refresh token (distribution, docs/content/spec/auth/oauth.md).
+        query |= {"grant_type": "refresh_token", "client_id": "rayplane", "refresh_token": credentials.password}
+        request = urllib.request.Request(realm, urllib.parse.urlencode(query).encode())  # noqa: S310 - checked above
+    else:
+        request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310 - checked above
+        if credentials:
+            request.add_unredirected_header("Authorization", f"Basic {credentials.basic}")
     with opener.open(request, timeout=timeout) as answer:
         token = json.load(answer)
     return f"Bearer {token.get('token') or token.get('access_token')}"
 
 
 def stored_credentials(registry: str) -> Credentials | None:
-    """Return what ``podman login``, ``buildah login`` or ``docker login`` keep for a registry in their files."""
+    """Return what ``podman login``, ``buildah login`` or ``docker login`` keep for a registry: in their files, or with
+    the credential helper that these name."""
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
     files = [os.environ.get("REGISTRY_AUTH_FILE", ""), f"{runtime}/containers/auth.json", "~/.docker/config.json"]
+    alias = _HUB_AUTH if registry == _HUB else f"https://{registry}"
     for file in files:
         try:
-            known = json.loads(Path(file).expanduser().read_text(encoding="utf-8")).get("auths", {}) if file else {}
-            entry = known.get(registry) or known.get(_HUB_AUTH if registry == _HUB else f"https://{registry}") or {}
+            known = json.loads(Path(file).expanduser().read_text(encoding="utf-8")) if file else {}
+            if found := _from_helper(known, registry, alias):
+                return found
+            entries = known.get("auths") or {}
+            entry = entries.get(registry) or entries.get(alias) or {}
+            if entry.get("identitytoken"):
+                return Credentials(_IDENTITY, entry["identitytoken"])
             username, _, password = base64.b64decode(entry.get("auth", "")).decode().partition(":")
         except (OSError, ValueError, AttributeError, binascii.Error):
             continue
         if username:
             return Credentials(username, password)
     return None
+
+
+def _from_helper(known: dict[str, Any], registry: str, alias: str) -> Credentials | None:
+    """Ask the registry's credential helper, or the store of all credentials (docker/docker-credential-helpers).
+
+    One that is not installed, does not answer or knows no such registry has none.
+    """
+    helpers = known.get("credHelpers") or {}
+    key = next((name for name in (registry, alias) if name in helpers), alias if registry == _HUB else registry)
+    helper = helpers.get(key) or known.get("credsStore")
+    if not helper:
+        return None
+    try:
+        asked = subprocess.run(
+            [f"docker-credential-{helper}", "get"],
+            input=key,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        answer = json.loads(asked.stdout)
+        return Credentials(answer["Username"], answer["Secret"]) if answer["Username"] else None
+    except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+        return None
 
 
 def auth_file_text(registry: str, credentials: Credentials) -> str:

@@ -25,12 +25,12 @@ from ansible.module_utils.kube_serve import retry_failed
 from ansible.module_utils.kube_state import (
     READY,
     Final,
+    cannot_start,
     collect_evidence,
     condition_state,
     current_pods,
     is_ready,
     pods_problem,
-    selector_of,
 )
 
 DIGEST = "rayplane.io/applied-digest"
@@ -307,27 +307,24 @@ class ApplySet:
         return kind, live, after
 
     def _look_for_room(self, item: Json, live: Json | None) -> None:
-        """Refuse a change that would end a running pod for one that has no place: a StatefulSet's goes before its
-        successor comes, and so does a Deployment's where its strategy is Recreate."""
+        """Refuse a change of pods that run for some that no node could take if it were empty. Room that is merely used
+        up is not looked at: pods may leave, and nodes come that nobody announced."""
         if live is None or item["kind"] not in _REPLACES_PODS:
             return
         old, new = live["spec"]["template"]["spec"], item["spec"]["template"]["spec"]
         if requests_of(old) == requests_of(new) and (old.get("nodeSelector") or {}) == (new.get("nodeSelector") or {}):
             return
-        labels = live["spec"]["selector"].get("matchLabels") or {}
-        pods = Resource("v1", "Pod", "pods", True)
-        own = self.cluster.list(pods, live["metadata"].get("namespace"), selector_of(labels)) if labels else []
-        strategy = item["spec"].get("strategy") or live["spec"].get("strategy") or {}
-        goes_first = item["kind"] == "StatefulSet" or strategy.get("type") == "Recreate"
-        without = [pod["metadata"]["name"] for pod in own] if goes_first else []
-        if why := no_node_for(self.cluster, new, without):
+        if why := no_node_for(self.cluster, new):
             raise ApplyError(
                 f"{label_of(item)} stays as it is: its changed pod fits on no node: {why}. "
-                "Lower what it asks for, or make room."
+                "Lower what it asks for, or add such a node."
             )
 
-    def _restore(self, names: Iterable[str]) -> list[str]:
-        """Give objects that cannot become ready back the pods that they had; what was done, in words."""
+    def _restore(self, names: Iterable[str], certain: bool) -> list[str]:
+        """Give objects that cannot become ready back the pods that they had; what was done, in words.
+
+        Where it is not ``certain``, an object whose pods are merely slow is left to go on.
+        """
         done = []
         for name in names:
             before = self._before.get(name)
@@ -337,20 +334,30 @@ class ApplySet:
             meta = before["metadata"]
             try:
                 live = self.cluster.get(resource, meta["namespace"], meta["name"])
-                if live is None:
+                if live is None or not (certain or cannot_start(self.cluster, live)):
                     continue
-                stuck = [pod["metadata"]["name"] for pod in current_pods(self.cluster, live) if not is_ready(pod)]
                 version = {"resourceVersion": live["metadata"]["resourceVersion"]}
                 path = resource.path(meta["namespace"], meta["name"])
                 self.cluster.request("PUT", path, {**before, "metadata": {**meta, **version}})
-                # The controller waits for a StatefulSet's pod to get ready before it replaces it, for ever.
-                for pod in stuck if live["kind"] == "StatefulSet" else []:
-                    self.cluster.delete(Resource("v1", "Pod", "pods", True), meta["namespace"], pod)
             except KubeError as error:
                 done.append(f"{name} could not be set back to what ran before: {error}")
-            else:
-                done.append(f"{name} was set back to what ran before")
+                continue
+            done.append(f"{name} was set back to what ran before")
+            if live["kind"] == "StatefulSet":
+                done += self._end_stuck_pods(live)
         return done
+
+    def _end_stuck_pods(self, live: Json) -> list[str]:
+        """Delete the pods of a StatefulSet that do not start: before it replaces them, its controller waits for them to
+        get ready, for ever. Returns what went wrong, in words."""
+        try:
+            for pod in current_pods(self.cluster, live):
+                if not is_ready(pod):
+                    meta = pod["metadata"]
+                    self.cluster.delete(Resource("v1", "Pod", "pods", True), meta["namespace"], meta["name"])
+        except KubeError as error:
+            return [f"delete the pods of {label_of(live)} that are not ready, or they stay as they are: {error}"]
+        return []
 
     def _port_moves(self, item: Json, said: str) -> bool:
         """Whether a node port is refused only because another Service of ours has it, which an earlier stage of the
@@ -537,9 +544,9 @@ class ApplySet:
             if lost or elapsed > timeout:
                 said = "; ".join(f"{name}: {reasons[name]}" for name in lost or names)
                 shown = collect_evidence(self.cluster, waiting, evidence or {})
-                if lost:
-                    raise ApplyError(f"cannot become ready: {said}", [*self._restore(lost), *shown])
-                raise ApplyError(f"not ready after {elapsed:.0f} s: {said}", shown)
+                restored = self._restore(lost or names, certain=bool(lost))
+                how = "cannot become ready" if lost else f"not ready after {elapsed:.0f} s"
+                raise ApplyError(f"{how}: {said}", [*restored, *shown])
             time.sleep(pause)
             pause = min(pause * 1.3, 3.0)
 

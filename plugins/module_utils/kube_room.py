@@ -13,6 +13,8 @@ from ansible.module_utils.kube_quantity import quantity
 
 _NODE = Resource("v1", "Node", "nodes", False)
 _POD = Resource("v1", "Pod", "pods", True)
+# Taints that Kubernetes itself puts on nodes and takes off: not ready, under pressure, cordoned.
+_PASSING = ("node.kubernetes.io/", "node.cloudprovider.kubernetes.io/")
 
 
 def requests_of(spec: Json) -> dict[str, float]:
@@ -43,8 +45,8 @@ def requests_of(spec: Json) -> dict[str, float]:
 
 
 def tolerates(spec: Json, taint: Json) -> bool:
-    """Whether a pod may run on a node with this taint."""
-    if taint.get("effect") == "PreferNoSchedule":
+    """Whether a pod may run on a node with this taint, or once it has passed."""
+    if taint.get("effect") == "PreferNoSchedule" or taint["key"].startswith(_PASSING):
         return True
     for entry in spec.get("tolerations") or []:
         fits = entry.get("key") in (None, "", taint["key"]) and entry.get("effect") in (None, "", taint["effect"])

@@ -18,6 +18,7 @@ _NO_IMAGE = re.compile(r"not found|not exist|unknown|invalid reference", re.IGNO
 # A new node's permissions, or a pull secret, may be a moment late: the kubelet tries again after 10 and 20 s.
 _REFUSED = re.compile(r"denied|unauthorized|forbidden", re.IGNORECASE)
 _NEVER_STARTS = ("ErrImageNeverPull", "InvalidImageName")
+_STARTING = ("", "ContainerCreating", "PodInitializing")
 IMAGE_PATIENCE_S = 5.0
 _REFUSED_IMAGE_PATIENCE_S = 45.0
 
@@ -258,11 +259,61 @@ def selector_of(labels: dict[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
+def _visible_pods(cluster: Cluster, live: Json) -> list[Json] | None:
+    """The pods of an object's current revision; None for who may not list them."""
+    try:
+        return current_pods(cluster, live)
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return None
+
+
+def _rollout_problem(live: Json) -> Final | None:
+    """What a Deployment's own conditions say against its change: its pods are refused, or its deadline has passed."""
+    for entry in live.get("status", {}).get("conditions") or []:
+        failed = (entry["type"], entry["status"]) in (("ReplicaFailure", "True"), ("Progressing", "False"))
+        if failed and live.get("kind") == "Deployment":
+            return Final(f"{entry.get('reason', entry['type'])}: {entry.get('message', '')}", 60.0)
+    return None
+
+
+def cannot_start(cluster: Cluster, live: Json) -> bool:
+    """Whether pods of the object's current revision fail to start, rather than being slow.
+
+    Where no pod is to be seen a Deployment's own conditions decide.
+    """
+    pods = _visible_pods(cluster, live)
+    if pods:
+        return any(_fails(pod) for pod in pods)
+    lacking = pods is None and live.get("kind") == "Deployment" and condition_state(live, "Available") is not None
+    return lacking or _rollout_problem(live) is not None
+
+
+def _fails(pod: Json) -> bool:
+    """Whether a pod has found no node, or has a container that cannot start or ends again and again."""
+    for container in _containers(pod):
+        waits = (container.get("state") or {}).get("waiting") or {}
+        tried = container.get("restartCount", 0) > 1 or waits.get("reason", "") not in _STARTING
+        if tried and not container.get("ready"):
+            return True
+    return any(entry.get("reason") == "Unschedulable" for entry in pod.get("status", {}).get("conditions") or [])
+
+
+def _containers(pod: Json) -> list[Json]:
+    status = pod.get("status", {})
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
 def pods_problem(cluster: Cluster, live: Json) -> Final | None:
-    """Why a pod of the object's current revision cannot start, where waiting does not mend it."""
-    for pod in current_pods(cluster, live):
+    """Why a pod of the object's current revision cannot start, where waiting does not mend it.
+
+    Where no pod is to be seen a Deployment's own conditions decide.
+    """
+    pods = _visible_pods(cluster, live)
+    for pod in pods or []:
         name, status = pod["metadata"]["name"], pod.get("status", {})
-        for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        for container in _containers(pod):
             waits = (container.get("state") or {}).get("waiting") or {}
             reason, message = waits.get("reason", ""), waits.get("message") or ""
             pulls = reason in ("ErrImagePull", "ImagePullBackOff")
@@ -279,10 +330,11 @@ def pods_problem(cluster: Cluster, live: Json) -> Final | None:
                 continue
             if why := no_node_for(cluster, pod["spec"]):
                 return Final(f"pod {name} fits on no node: {why}", 10.0)
-            # What runs may leave its place; a cluster that an upgrade replaces does so a minute late.
+            # What runs may leave its place, as a cluster does that an upgrade replaces; a lost node's successor, or one
+            # of an autoscaler that we do not know, takes minutes to come.
             if why := no_node_for(cluster, pod["spec"], [name]):
-                return Final(f"pod {name} has no room beside what runs: {why}", 180.0)
-    return None
+                return Final(f"pod {name} has no room beside what runs: {why}", 300.0)
+    return None if pods else _rollout_problem(live)
 
 
 def balancer_state(cluster: Cluster, live: Json) -> str | None:
@@ -356,7 +408,7 @@ def _pod_evidence(cluster: Cluster, namespace: str, pod: Json, log_lines: int) -
         for entry in status.get("conditions") or []
         if entry["status"] != "True" and entry.get("message")
     ]
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+    for container in _containers(pod):
         state = next(iter((container.get("state") or {"unknown": {}}).items()))
         if state[0] == "terminated" and state[1].get("exitCode") == 0:
             continue

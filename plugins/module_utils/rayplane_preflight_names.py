@@ -40,6 +40,12 @@ _LOAD_BALANCER_NAME = re.compile(r"(service\.beta|alb\.ingress)\.kubernetes\.io/
 _LONGEST_GATEWAY = 63 - len("-redis") - 11
 #: Services of these names set variables that programs read: VLLM_PORT, RAY_ADDRESS, KUBERNETES_SERVICE_HOST.
 _INJECTING = ("kubernetes", "ray", "redis", "vllm")
+#: Namespaces of single roles, as they are shipped.
+_OWN_NAMESPACES = {
+    "kuberay_namespace": "kuberay-system",
+    "gpu_plugin_namespace": "gpu-system",
+    "autoscaler_namespace": "kube-system",
+}
 #: The kubelet starts with labels of Kubernetes' own domains only where they are on its list.
 _KUBELET_LABELS = re.compile(r"(kubelet|node)\.kubernetes\.io/.*|kubernetes\.io/(arch|hostname|os)"
                              r"|topology\.kubernetes\.io/(region|zone)")  # fmt: skip
@@ -121,10 +127,12 @@ def kubernetes_names(values: Values) -> Iterator[Problem]:
         inside = isinstance(entry, Mapping)
         path = f"namespaces_list[{index}]{'.name' if inside else ''}"
         namespaces.append((path, entry.get("name") if isinstance(entry, Mapping) else entry))
+    namespaces += [(name, values.get(name)) for name in _OWN_NAMESPACES]
     told: set[str] = set()
     for path, name in namespaces:
-        # The others are the platform's unless they say otherwise.
-        if not isinstance(name, str) or name in told:
+        own = _OWN_NAMESPACES.get(path)
+        # Those that are not a role's own are the platform's unless they say otherwise.
+        if not isinstance(name, str) or name == own or (name in told and not own):
             continue
         told.add(name)
         if name == "default" or name.startswith("kube-"):
@@ -132,7 +140,7 @@ def kubernetes_names(values: Values) -> Iterator[Problem]:
                 path,
                 name,
                 "the namespace belongs to Kubernetes: destroy could not delete it, and its pods would get our limits",
-                "write rayplane, for example",
+                f"write {own or 'rayplane'}, for example",
             )
         elif path != "platform_namespace" and not DNS_LABEL.fullmatch(name):
             reason = "a Kubernetes namespace is a DNS label: a-z, 0-9 and inner hyphens, at most 63"

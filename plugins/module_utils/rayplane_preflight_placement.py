@@ -1,18 +1,19 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that put pods beside nodes: each Ray pod fits on one, also beside the cluster that an upgrade replaces."""
+"""Rules that put pods beside nodes: each of Ray and of the gateway fits on one, and Ray's beside the cluster that an
+upgrade replaces."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from ansible.module_utils.kube_quantity import quantity
-from ansible.module_utils.kube_room import tolerates
+from ansible.module_utils.kube_room import requests_of, tolerates
 from ansible.module_utils.rayplane_eks import node_labels
 from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
 from ansible.module_utils.rayplane_instances import Machine, gpus_of_instance, machine, room
@@ -47,7 +48,7 @@ class _Nodes:
 
 @dataclass(frozen=True)
 class _Pod:
-    """A pod of the Ray cluster, and the variables that its size comes from."""
+    """A pod, and the variables that its size comes from."""
 
     what: str
     cpu: float
@@ -64,7 +65,7 @@ class _Pod:
 
 
 def placement(values: Values) -> Iterator[Problem]:
-    """Every Ray pod against the largest node that may take it.
+    """Every pod of Ray and of the gateway against the largest node that may take it.
 
     Karpenter chooses machines by the pods, and the nodes of a given cluster are not known: both are left out, and so is
     a pod that only a group with machines unknown here could take.
@@ -74,18 +75,29 @@ def placement(values: Values) -> Iterator[Problem]:
         return
     if values.get("platform_autoscaler") == "karpenter":
         return
-    try:
-        found = list(_beside_nodes(values))
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
-        return  # a wrong type or no quantity, which the argument spec or the rules of models tell
-    yield from found
+    for rule in (_ray_beside_nodes, _gateway_beside_nodes):
+        try:
+            found = list(rule(values))
+        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+            continue  # a wrong type or no quantity, which the argument spec or the rules of models tell
+        yield from found
 
 
-def _beside_nodes(values: Values) -> Iterator[Problem]:
+def _ray_beside_nodes(values: Values) -> Iterator[Problem]:
     nodes, whole_list = _nodes(values)
     pods = list(_pods(values))
-    if not whole_list or not nodes:
-        return
+    if whole_list and nodes:
+        yield from _beside_nodes(nodes, pods)
+        yield from _capacity(values, nodes, pods)
+
+
+def _gateway_beside_nodes(values: Values) -> Iterator[Problem]:
+    nodes, whole_list = _nodes(values)
+    if whole_list and nodes:
+        yield from _beside_nodes(nodes, _gateway_pods(values))
+
+
+def _beside_nodes(nodes: list[_Nodes], pods: Iterable[_Pod]) -> Iterator[Problem]:
     most = max(entry.gpus for entry in nodes)
     homeless: dict[str, Problem] = {}
     for pod in pods:
@@ -99,7 +111,6 @@ def _beside_nodes(values: Values) -> Iterator[Problem]:
             problem = _no_nodes(nodes, pod)
             homeless.setdefault(problem.variable, problem)
     yield from homeless.values()
-    yield from _capacity(values, nodes, pods)
 
 
 def _devices(values: Values) -> Iterator[Problem]:
@@ -241,6 +252,41 @@ def _pods(values: Values) -> Iterator[_Pod]:
         )
 
 
+def _gateway_pods(values: Values) -> Iterator[_Pod]:
+    if values.get("gateway_enabled") is not True:
+        return
+    yield _gateway_pod(values, "a pod of the gateway", "gateway_resources")
+    if values.get("gateway_redis") == "in_cluster":
+        what = "the gateway's Redis, with that of cached answers beside it,"
+        yield _gateway_pod(values, what, "gateway_redis_resources", "gateway_redis_cache_resources")
+
+
+def _gateway_pod(values: Values, what: str, *containers: str) -> _Pod:
+    """A pod whose containers ask for what these variables say."""
+    asked = requests_of({"containers": [{"resources": values[variable]} for variable in containers]})
+    # A limit is the request, too, where that is missing.
+    origins = [
+        {
+            key: (f"{variable}.{part}.{key}", value)
+            for part in ("limits", "requests")
+            for key, value in (values[variable].get(part) or {}).items()
+        }
+        for variable in containers
+    ]
+    sizes = {key: max((one[key] for one in origins if key in one), key=lambda one: quantity(one[1])) for key in asked}
+    selector = values.get("gateway_node_selector") or {}
+    return _Pod(
+        what,
+        asked.get("cpu", 0.0),
+        asked.get("memory", 0.0),
+        Fraction(0),
+        "",
+        selector,
+        tuple(values.get("gateway_tolerations") or ()),
+        {**sizes, "node_selector": ("gateway_node_selector", selector)},
+    )
+
+
 def _selector(common: Mapping[str, Any], path: str, group: Mapping[str, Any]) -> tuple[str, Any]:
     own = group.get("node_selector")
     return (f"{path}.node_selector", own) if own else ("rayservice_node_selector", common)
@@ -339,8 +385,10 @@ def _too_large(fit: list[_Nodes], pod: _Pod) -> Iterator[Problem]:
 
 def _too_large_for_some(fit: list[_Nodes], pod: _Pod) -> Iterator[Problem]:
     """A pod that names no GPU, and that only some of the nodes with one have room for."""
+    if not pod.gpus or pod.accelerator:
+        return
     small = [entry for entry in fit if entry.gpus and not _holds(entry, pod)]
-    if not pod.gpus or pod.accelerator or not small or len(small) == len(fit):
+    if not small or len(small) == len(fit):
         return
     entry, large = small[0], next(entry for entry in fit if entry not in small)
     left, total = room(entry.machine), entry.machine

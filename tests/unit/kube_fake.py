@@ -42,6 +42,8 @@ class Server(ThreadingHTTPServer):
         self.token_life_s = 0.0
         #: Paths that Ray lets in only with this in X-Ray-Authorization.
         self.protected: dict[str, str] = {}
+        #: Plural names of kinds that nobody may list.
+        self.unlisted: set[str] = set()
         self.lock = threading.Lock()
 
     def put(self, path: str, item: Json) -> None:
@@ -96,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             if path in objects:
                 return 200, objects[path]
             parts = path.split("/")
+            if parts[-1] in self.server.unlisted:
+                return 403, {"reason": "Forbidden", "message": f"cannot list resource {parts[-1]}"}
             if parts[-1] in {name for kinds in self.server.kinds.values() for name, _ in kinds.values()}:
                 wanted = dict(pair.split("=") for pair in query.get("labelSelector", "").split(",") if pair)
                 found = [

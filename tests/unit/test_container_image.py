@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import container_image
 import pytest
@@ -92,6 +94,14 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"token": "t" if known else "nobody"}).encode())
 
+    def do_POST(self) -> None:
+        """Give out a token for an identity token."""
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        known = form["grant_type"] == ["refresh_token"] and form["refresh_token"] == ["word"]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"access_token": "t" if known else "nobody"}).encode())
+
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
@@ -138,6 +148,50 @@ def test_what_login_stored_is_found(registry: str, file: str, tmp_path: Path) ->
     path.write_text(container_registry.auth_file_text("quay.io", LOGIN))
     assert container_registry.stored_credentials("quay.io") == LOGIN
     assert container_registry.stored_credentials("ghcr.io") is None
+
+
+HELPER = """#!/bin/sh
+read server
+case "$1 $server" in
+"get quay.io") echo '{"ServerURL": "quay.io", "Username": "robot", "Secret": "sesame"}' ;;
+"get https://index.docker.io/v1/") echo '{"Username": "<token>", "Secret": "word"}' ;;
+"get slow.io") exec sleep 600 ;;
+"get odd.io") echo sesame ;;
+*) echo 'credentials not found in native keychain'; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("config", "asked", "login"),
+    [
+        ({"credsStore": "fake"}, "quay.io", LOGIN),
+        ({"credHelpers": {"quay.io": "fake"}, "credsStore": "absent"}, "quay.io", LOGIN),
+        ({"credHelpers": {"ghcr.io": "fake"}}, "quay.io", None),
+        ({"credsStore": "fake"}, "docker.io", Credentials("<token>", "word")),
+        ({"credsStore": "absent"}, "quay.io", None),
+        *(({"credsStore": "fake"}, host, None) for host in ("ghcr.io", "slow.io", "odd.io")),
+        ({"credsStore": "fake", "auths": {"ghcr.io": {"auth": LOGIN.basic}}}, "ghcr.io", LOGIN),
+        ({"auths": {"a.io": {"auth": LOGIN.basic, "identitytoken": "t"}}}, "a.io", Credentials("<token>", "t")),
+    ],
+)
+def test_credential_helpers_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, asked: str, login: Credentials | None
+) -> None:
+    helper = tmp_path / "docker-credential-fake"
+    helper.write_text(HELPER)
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(container_registry, "PATIENCE", 0.1 if asked == "slow.io" else 60)
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker/config.json").write_text(json.dumps(config))
+    assert container_registry.stored_credentials(asked) == login
+
+
+def test_an_identity_token_gets_a_token(registry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRegistry, "way", "token")
+    assert digest_of(f"{registry}/a/b:1", Credentials("<token>", "word")) == DIGEST
 
 
 def test_ecr_is_asked_by_its_own_api() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.module_utils.rayplane_preflight import Problem
 from ansible.module_utils.rayplane_preflight_names import derived_names, kubernetes_names
 from hypothesis import given
@@ -72,6 +73,10 @@ BALANCER = "service.beta.kubernetes.io/aws-load-balancer-name"
         ({"platform_namespace": "kube-system"}, "platform_namespace", "belongs to Kubernetes", "write rayplane"),
         ({"gateway_namespace": "default"}, "gateway_namespace", "belongs to Kubernetes", "write rayplane"),
         ({"namespaces_list": ["rayplane", "kube-public"]}, "namespaces_list[1]", "belongs to", "write rayplane"),
+        ({"kuberay_namespace": "default"}, "kuberay_namespace", "belongs to Kubernetes", "write kuberay-system"),
+        ({"gpu_plugin_namespace": "kube-system"}, "gpu_plugin_namespace", "belongs to", "write gpu-system"),
+        ({"gpu_plugin_namespace": "GPU"}, "gpu_plugin_namespace", "DNS label", "write gpu"),
+        ({"autoscaler_namespace": "kube-public"}, "autoscaler_namespace", "belongs to", "write kube-system"),
         ({"namespaces_list": [{"name": "Team_A"}]}, "namespaces_list[0].name", "DNS label", "write team-a"),
         ({"gateway_name": "vllm"}, "gateway_name", "VLLM_", "write rayplane-vllm"),
         ({"rayservice_name": "vllm"}, "rayservice_name", "VLLM_", "write rayplane-vllm"),
@@ -134,6 +139,11 @@ def test_a_name_that_is_refused(changes: dict[str, Any], variable: str, reason: 
         {"rayservice_node_selector": {"kubernetes.io/arch": "amd64", "karpenter.sh/nodepool": "gpu"}},
         {"namespaces_list": [{"name": "a", "labels": {"pod-security.kubernetes.io/warn": "baseline"}}]},
         {"gateway_service_annotations": {BALANCER: "rayplane-prod"}},
+        {
+            name: yaml.safe_load((ROLES / f"{role}/defaults/main.yml").read_text(encoding="utf-8"))[name]
+            for role in ("kuberay", "gpu_plugin", "autoscaler")
+            for name in [f"{role}_namespace"]
+        },
     ],
 )
 def test_a_name_that_is_taken(changes: dict[str, Any]) -> None:

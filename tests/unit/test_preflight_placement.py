@@ -107,6 +107,36 @@ def test_head_and_cpu_group_are_placed_too() -> None:
     assert set(found(model(), rayservice_worker_groups=own)) == {"rayservice_worker_groups[0].cpu"}
 
 
+GATEWAY = yaml.safe_load((ROLES / "gateway/defaults/main.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("values", "variable", "reason"),
+    [
+        ({}, "", ""),
+        ({"gateway_resources": {}, "gateway_redis_resources": {}}, "", ""),
+        (
+            {"gateway_resources": {"requests": {"cpu": "16", "memory": "1Gi"}}},
+            "gateway_resources.requests.cpu",
+            "a pod of the gateway asks for 16 CPUs, and the largest node that may take it, m5.2xlarge in cpu, has 7.68",
+        ),
+        ({"gateway_resources": {"limits": {"memory": "64Gi"}}}, "gateway_resources.limits.memory", "asks for 64 GiB"),
+        (
+            {"gateway_redis_cache_resources": {"requests": {"memory": "30Gi"}, "limits": {"memory": "40Gi"}}},
+            "gateway_redis_cache_resources.requests.memory",
+            "that of cached answers beside it, asks for 30.12 GiB",
+        ),
+        ({"gateway_node_selector": {"team": "a"}}, "gateway_node_selector", "no node group bears the labels"),
+        ({"gateway_redis": "redis://r", "gateway_redis_resources": {"requests": {"cpu": 90}}}, "", ""),
+        ({"gateway_enabled": False, "gateway_resources": {"requests": {"cpu": 90}}}, "", ""),
+    ],
+)
+def test_the_gateway_and_its_redis_are_placed_too(values: dict[str, Any], variable: str, reason: str) -> None:
+    problems = found(model(), **{**GATEWAY, **values})
+    assert list(problems) == ([variable] if variable else [])
+    assert all(reason in problem.reason and not problem.warning for problem in problems.values())
+
+
 def test_pods_without_a_gpu_do_not_run_beside_one() -> None:
     only_gpu = [group("gpu", "g4dn.12xlarge")]
     assert "rayservice_head.cpu" in found(model(), groups=only_gpu)
