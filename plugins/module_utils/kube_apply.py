@@ -31,6 +31,7 @@ from ansible.module_utils.kube_state import (
     current_pods,
     is_ready,
     pods_problem,
+    selector_of,
 )
 
 DIGEST = "rayplane.io/applied-digest"
@@ -307,17 +308,28 @@ class ApplySet:
         return kind, live, after
 
     def _look_for_room(self, item: Json, live: Json | None) -> None:
-        """Refuse a change of pods that run for some that no node could take if it were empty. Room that is merely used
-        up is not looked at: pods may leave, and nodes come that nobody announced."""
+        """Refuse a change of pods that run for some that no node could take if it were empty; and for some without room
+        now where the old pod goes first: a StatefulSet's does, and a Deployment's whose strategy is Recreate."""
         if live is None or item["kind"] not in _REPLACES_PODS:
             return
         old, new = live["spec"]["template"]["spec"], item["spec"]["template"]["spec"]
         if requests_of(old) == requests_of(new) and (old.get("nodeSelector") or {}) == (new.get("nodeSelector") or {}):
             return
-        if why := no_node_for(self.cluster, new):
+        strategy = item["spec"].get("strategy") or live["spec"].get("strategy") or {}
+        labels = live["spec"]["selector"].get("matchLabels") or {}
+        without = None
+        if labels and (item["kind"] == "StatefulSet" or strategy.get("type") == "Recreate"):
+            pods = Resource("v1", "Pod", "pods", True)
+            try:
+                own = self.cluster.list(pods, live["metadata"].get("namespace"), selector_of(labels))
+                without = [pod["metadata"]["name"] for pod in own]
+            except ApiError as error:
+                if error.status != 403:
+                    raise
+        if why := no_node_for(self.cluster, new, without):
             raise ApplyError(
                 f"{label_of(item)} stays as it is: its changed pod fits on no node: {why}. "
-                "Lower what it asks for, or add such a node."
+                "Lower what it asks for, or add a node."
             )
 
     def _restore(self, names: Iterable[str], certain: bool) -> list[str]:

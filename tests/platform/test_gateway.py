@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import stat
 import tarfile
 import urllib.error
@@ -243,16 +244,25 @@ def test_verify_asks_this_cluster_through_a_port_forward(deployed: Path, run: Ru
     assert "Paris" in run("ansible-playbook", *words, env=env).expect_success().output
 
 
-def test_a_model_that_cannot_start_ends_the_run_with_its_reason(deployed: Path, make: Runner) -> None:
-    """The next run brings back what is declared."""
+def test_a_model_that_cannot_start_ends_the_run_and_a_rerun_tries_again(
+    deployed: Path, make: Runner, kubectl: Kubectl, tmp_path: Path
+) -> None:
+    """The same configuration starts once the cause has passed; the last run brings back what the inventory declares."""
     models = yaml.safe_load((ROOT / "inventories/local/group_vars/all/ray.yml").read_text())["rayservice_models"]
-    models[0]["engine"]["tokenizer"] = "/no/such/tokenizer"
-    failed = make("deploy", f"-e '{json.dumps({'rayservice_models': models})}'")
+    models[0]["engine"]["tokenizer"] = "/tmp/late-tokenizer"
+    words = ("deploy", f"-e '{json.dumps({'rayservice_models': models})}'")
+    failed = make(*words)
     said = " ".join(failed.output.split())
     assert failed.returncode != 0
     assert (
         "cannot become ready: RayService rayplane/rayplane: application smollm2-135m-instruct is DEPLOY_FAILED" in said
     )
-    assert "/no/such/tokenizer" in said
+    assert "/tmp/late-tokenizer" in said
+    for file in (HOME / "models" / models[0]["id"]).iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    for pod in kubectl("get", "pods", "-n", NAMESPACE, "-l", "ray.io/cluster", "-o", "name").split():
+        kubectl("cp", str(tmp_path), f"{NAMESPACE}/{pod.removeprefix('pod/')}:/tmp/late-tokenizer")
+    assert make(*words).expect_success().changed_tasks() == ["rayservice : Apply the RayService"]
     make("deploy").expect_success()
     assert no_answer() == ""

@@ -279,24 +279,39 @@ def two_cores(server: Server) -> Server:
     return server
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_running_pod_is_not_ended_for_one_that_no_node_could_take(
-    two_cores: Server, cluster: Cluster, dry_run: bool
+@pytest.mark.parametrize(
+    ("kind", "strategy", "cpu"),
+    [
+        ("StatefulSet", {}, "64"),
+        ("StatefulSet", {}, "1800m"),
+        ("Deployment", {"type": "Recreate"}, "1800m"),
+        ("Deployment", {"type": "RollingUpdate"}, "64"),
+    ],
+)
+def test_a_running_pod_is_not_ended_for_one_without_a_place(
+    two_cores: Server, cluster: Cluster, kind: str, strategy: Json, cpu: str
 ) -> None:
-    """The plan says so, too."""
-    with pytest.raises(ApplyError, match=r"StatefulSet llm/gateway stays as it is: .*has 2 to give at most"):
-        work(cluster, dry_run).apply([stateful("64")])
+    """The plan says so, too. The pod that goes leaves its own reservation to its successor."""
+    two_cores.put(STATEFUL.replace("statefulset", kind.lower()), {**stateful("1"), "kind": kind})
+    changed = {**stateful(cpu), "kind": kind}
+    changed["spec"]["strategy"] = strategy
+    for dry_run in (True, False):
+        with pytest.raises(ApplyError, match=rf"{kind} llm/gateway stays as it is: .*has (1.5 free|2 to give) at most"):
+            work(cluster, dry_run).apply([changed])
     assert two_cores.writes == []
+    changed["spec"]["template"] = stateful("1500m")["spec"]["template"]
+    work(cluster).apply([changed])
+    assert len(two_cores.writes) == 1
 
 
-@pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
-def test_room_that_is_used_up_is_waited_for(two_cores: Server, cluster: Cluster, kind: str) -> None:
+def test_room_that_is_used_up_is_waited_for_beside_the_old_pod(two_cores: Server, cluster: Cluster) -> None:
     """Nodes may come that nobody announced. Who may not list pods changes theirs, too."""
-    path = STATEFUL.replace("statefulset", kind.lower())
-    two_cores.put(path, {**stateful("1"), "kind": kind})
+    path = STATEFUL.replace("statefulset", "deployment")
+    two_cores.put(path, {**stateful("1"), "kind": "Deployment"})
+    work(cluster).apply([{**stateful("1800m"), "kind": "Deployment"}])
     two_cores.unlisted = {"pods"}
-    work(cluster).apply([{**stateful("1800m"), "kind": kind}])
-    assert two_cores.writes == [f"PATCH {path}"]
+    work(cluster).apply([stateful("1800m")])
+    assert two_cores.writes == [f"PATCH {path}", f"PATCH {STATEFUL}"]
 
 
 def test_a_node_that_is_not_ready_may_get_ready_again(two_cores: Server, cluster: Cluster) -> None:

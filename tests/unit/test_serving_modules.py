@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kustomize_build import CLUSTER_SCOPED, fit, source_state
-from openai_smoke import AnswerError, ask, forwarded, key_of, sane
+from openai_smoke import AnswerError, WrongAnswerError, ask, forwarded, key_of, run, sane
 
 Json = dict[str, Any]
 
@@ -115,6 +118,22 @@ def test_a_good_model() -> None:
 def test_bad_answers(api: Api, model: Json, said: str) -> None:
     with pytest.raises(AnswerError, match=said):
         ask(api, model)
+
+
+def test_a_request_that_the_engine_refuses_is_not_asked_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(400, "no chat template")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr("openai_smoke.time.sleep", lambda _: None)
+    module: Any = SimpleNamespace(params={"request_timeout": 10, "models": [{"id": "m"}]})
+    with HTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(WrongAnswerError, match="no chat template"):
+            run(module, f"http://127.0.0.1:{server.server_port}", "", time.monotonic() + 3600, [])
+        server.shutdown()
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "!!! ...", "a\x00b", "caf\N{REPLACEMENT CHARACTER}"])
