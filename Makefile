@@ -7,6 +7,8 @@ export RAYPLANE_HOME ?= $(HOME)/.cache/rayplane
 export PATH := $(CURDIR)/.venv/bin:$(RAYPLANE_HOME)/uv/bootstrap/bin:$(PATH)
 # Unbuffered lines also where the output is a pipe: long steps report as they go.
 export PYTHONUNBUFFERED := 1
+# Containers often set it; every start of ansible-playbook would compile Ansible again.
+unexport PYTHONDONTWRITEBYTECODE
 
 INVENTORY ?= inventories/local
 ARGS ?=
