@@ -257,7 +257,7 @@ def _gateway_pods(values: Values) -> Iterator[_Pod]:
         return
     yield _gateway_pod(values, "a pod of the gateway", "gateway_resources")
     if values.get("gateway_redis") == "in_cluster":
-        what = "the gateway's Redis, with that of cached answers beside it,"
+        what = "the pod of the gateway's two Redis servers"
         yield _gateway_pod(values, what, "gateway_redis_resources", "gateway_redis_cache_resources")
 
 

@@ -24,6 +24,8 @@ from serve_app.gateway.keys import NewKey, generate
 from .waiting import LONG_S, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
+# What x-rayplane-cache says of an answer that no backend was asked for: an entry is written after its answer was sent.
+KEPT = ("hit", "shared")
 ROLES = {
     "basic": {"models": ["m"], "max_tokens": 512},
     "premium": {"models": ["*"]},

@@ -124,7 +124,7 @@ GATEWAY = yaml.safe_load((ROLES / "gateway/defaults/main.yml").read_text(encodin
         (
             {"gateway_redis_cache_resources": {"requests": {"memory": "30Gi"}, "limits": {"memory": "40Gi"}}},
             "gateway_redis_cache_resources.requests.memory",
-            "that of cached answers beside it, asks for 30.12 GiB",
+            "the pod of the gateway's two Redis servers asks for 30.12 GiB",
         ),
         ({"gateway_node_selector": {"team": "a"}}, "gateway_node_selector", "no node group bears the labels"),
         ({"gateway_redis": "redis://r", "gateway_redis_resources": {"requests": {"cpu": 90}}}, "", ""),
