@@ -377,7 +377,7 @@ def test_when_time_is_over_a_change_that_fails_is_taken_back_and_a_slow_one_is_n
     change = work(cluster)
     change.apply([stateful("1", image="new")])
     target = {"api_version": "apps/v1", "kind": "StatefulSet", "namespace": "llm", "name": "gateway"}
-    with pytest.raises(ApplyError, match="not ready after 0 s") as caught:
+    with pytest.raises(ApplyError, match="not ready after") as caught:
         change.wait([target], 0)
     assert ("was set back" in str(caught.value)) is set_back
     assert (f"PUT {STATEFUL}" in two_cores.writes) is set_back
