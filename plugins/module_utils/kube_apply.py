@@ -511,14 +511,14 @@ class ApplySet:
             live = self._seen.get(name)
             if target["kind"] != "RayService" or name not in self.outcome.unchanged or not live:
                 continue
-            for application in retry_failed(self.cluster, live, self.dry_run):
+            for application, status in retry_failed(self.cluster, live, self.dry_run).items():
                 said = f"application {application} of {name}"
                 self.outcome.aligned.append(said)
                 self.outcome.diff.append(
                     {
                         "before_header": said,
                         "after_header": said,
-                        "before": "status: DEPLOY_FAILED\n",
+                        "before": f"status: {status}\n",
                         "after": "status: DEPLOYING\n",
                     }
                 )

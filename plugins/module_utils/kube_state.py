@@ -112,19 +112,24 @@ def serve_config(rayservice: Json) -> Json:
     return {"applications": [], **yaml.safe_load(rayservice["spec"].get("serveConfigV2") or "{}")}
 
 
-def ask_serve(cluster: Cluster, rayservice: Json, ray_cluster: str, config: Json | None = None) -> Json:
-    """The applications of Serve on one Ray cluster by name, through the API server's proxy to the dashboard.
-
-    With ``config`` Serve is told to run that instead. Raises ApiError.
-    """
+def _dashboard(cluster: Cluster, rayservice: Json, ray_cluster: str) -> tuple[str, dict[str, str]]:
+    """Where Serve is reached on one Ray cluster, through the API server's proxy to the dashboard; headers for it."""
     namespace = rayservice["metadata"]["namespace"]
     path = f"/api/v1/namespaces/{namespace}/services/{ray_cluster}-head-svc:8265/proxy/api/serve/applications/"
-    headers = _ray_token(cluster, rayservice, ray_cluster)
-    if config is not None:
-        cluster.request("PUT", path, config, headers=headers, raw=True)
-        return {}
+    return path, _ray_token(cluster, rayservice, ray_cluster)
+
+
+def ask_serve(cluster: Cluster, rayservice: Json, ray_cluster: str) -> Json:
+    """The applications of Serve on one Ray cluster by name. Raises ApiError."""
+    path, headers = _dashboard(cluster, rayservice, ray_cluster)
     found: Json = cluster.request("GET", path, headers=headers).get("applications", {})
     return found
+
+
+def tell_serve(cluster: Cluster, rayservice: Json, ray_cluster: str, config: Json) -> None:
+    """Have Serve on one Ray cluster run this configuration. Raises ApiError."""
+    path, headers = _dashboard(cluster, rayservice, ray_cluster)
+    cluster.request("PUT", path, config, headers=headers, raw=True)
 
 
 def has_taken(deployed: Json, app: Json) -> bool:

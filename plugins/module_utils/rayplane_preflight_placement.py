@@ -77,24 +77,21 @@ def placement(values: Values) -> Iterator[Problem]:
         return
     for rule in (_ray_beside_nodes, _gateway_beside_nodes):
         try:
-            found = list(rule(values))
+            nodes, whole_list = _nodes(values)
+            found = list(rule(values, nodes)) if nodes and whole_list else []
         except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
             continue  # a wrong type or no quantity, which the argument spec or the rules of models tell
         yield from found
 
 
-def _ray_beside_nodes(values: Values) -> Iterator[Problem]:
-    nodes, whole_list = _nodes(values)
+def _ray_beside_nodes(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
     pods = list(_pods(values))
-    if whole_list and nodes:
-        yield from _beside_nodes(nodes, pods)
-        yield from _capacity(values, nodes, pods)
+    yield from _beside_nodes(nodes, pods)
+    yield from _capacity(values, nodes, pods)
 
 
-def _gateway_beside_nodes(values: Values) -> Iterator[Problem]:
-    nodes, whole_list = _nodes(values)
-    if whole_list and nodes:
-        yield from _beside_nodes(nodes, _gateway_pods(values))
+def _gateway_beside_nodes(values: Values, nodes: list[_Nodes]) -> Iterator[Problem]:
+    yield from _beside_nodes(nodes, _gateway_pods(values))
 
 
 def _beside_nodes(nodes: list[_Nodes], pods: Iterable[_Pod]) -> Iterator[Problem]:

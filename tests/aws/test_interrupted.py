@@ -100,8 +100,10 @@ def test_an_interrupted_deployment_is_continued(
         # One that is interrupted while it hands its result over keeps Ansible waiting for good: Ctrl-C once more.
         again = threading.Timer(60, os.killpg, (process.pid, number))
         again.start()
-        run = finish(process)
-        again.cancel()
+        try:
+            run = finish(process)
+        finally:
+            again.cancel()
         wait_until_ended(tmp_path)
         proxy.rules.remove(rule)
         assert cut.number in proxy.silent, f"{service}:{operation} was never called: {run.text[-3000:]}"

@@ -24,8 +24,6 @@ from serve_app.gateway.keys import NewKey, generate
 from .waiting import LONG_S, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
-# What x-rayplane-cache says of an answer that no backend was asked for: an entry is written after its answer was sent.
-KEPT = ("hit", "shared")
 ROLES = {
     "basic": {"models": ["m"], "max_tokens": 512},
     "premium": {"models": ["*"]},
@@ -59,6 +57,12 @@ def key_entry(name: str, **more: Any) -> dict[str, Any]:
     """The entry of a key in a configuration; its role bears its name unless told otherwise."""
     made = key(name)
     return {"id": name, "prefix": made.prefix, "hash": made.hash, "role": name, "tenant": f"tenant-{name}", **more}
+
+
+def stored(gateway: Gateway, entries: float) -> None:
+    """Wait until a gateway has written so many cache entries: it does so after their answers were sent."""
+    name = "rayplane_gateway_cache_total"
+    gateway.wait_for(lambda: gateway.metric(name, result="stored") >= entries, f"{entries} cache entries")
 
 
 def settings(backend: str | Mapping[str, str], redis: str = "", **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.kube_api import Cluster, Connection, connection_from_environment
+from ansible.module_utils.kube_api import ApiError, Cluster, Connection, connection_from_environment
 from ansible.module_utils.kube_apply import ApplyError, ApplySet
 from ansible.module_utils.kube_quantity import quantity
 from ansible.module_utils.kube_room import no_node_for, requests_of, tolerates
@@ -247,15 +247,22 @@ def test_a_deployments_reason_is_told_rather_than_the_applications(server: Serve
 class Serve(Cluster):
     """Serve with these applications; ``told`` are the names in each configuration that it was given."""
 
-    def __init__(self, applications: Json) -> None:
+    def __init__(self, applications: Json, refuses: dict[int, int] | None = None) -> None:
         self.applications = applications
         self.told: list[list[str]] = []
+        self.refuses = refuses or {}
 
     def request(self, method: str, path: str, body: Any = None, query: Any = None, **options: Any) -> Any:
         if method == "PUT":
+            if status := self.refuses.get(len(self.told)):
+                raise ApiError(method, path, status, {})
             self.told.append([app["name"] for app in body["applications"]])
             self.applications = {name: app for name, app in self.applications.items() if name in self.told[-1]}
         return {"applications": self.applications}
+
+
+def seen_as(status: str) -> Json:
+    return service(activeServiceStatus={"rayClusterName": "r-1", "applicationStatuses": {"a": {"status": status}}})
 
 
 BUILD_FAILED = failed(TRACEBACK)["applications"]["a"]
@@ -266,28 +273,43 @@ OLD_REPLICA = BUILD_FAILED | {
 
 
 @pytest.mark.parametrize(
-    ("applications", "told"),
+    ("applications", "status", "told"),
     [
-        ({"a": BUILD_FAILED}, [["a"]]),
-        ({"a": NO_REPLICA}, [[], ["a"]]),
-        ({"a": OLD_REPLICA}, []),
-        ({}, [["a"]]),
-        ({"a": BUILD_FAILED | {"status": "RUNNING"}}, []),
-        (failed(TRACEBACK, n=0)["applications"], []),
+        ({"a": BUILD_FAILED}, "DEPLOY_FAILED", [["a"]]),
+        ({"a": NO_REPLICA}, "DEPLOY_FAILED", [[], ["a"]]),
+        ({"a": OLD_REPLICA}, "", []),
+        ({}, "absent", [["a"]]),
+        ({"a": BUILD_FAILED | {"status": "RUNNING"}}, "", []),
+        (failed(TRACEBACK, n=0)["applications"], "", []),
     ],
     ids=["not built", "no replica", "an old replica answers", "lost", "runs", "an earlier configuration's failure"],
 )
-def test_a_rerun_tries_a_failed_application_again(applications: Json, told: list[list[str]]) -> None:
-    cluster = Serve(applications)
-    again = retry_failed(cluster, service(), dry_run=True)
-    assert again == (["a"] if told else []) and not cluster.told
-    assert retry_failed(cluster, service()) == again and cluster.told == told
+def test_a_rerun_tries_a_failed_application_again(applications: Json, status: str, told: list[list[str]]) -> None:
+    cluster, live = Serve(applications), seen_as("DEPLOY_FAILED")
+    again = retry_failed(cluster, live, dry_run=True)
+    assert again == ({"a": status} if told else {}) and not cluster.told
+    assert retry_failed(cluster, live) == again and cluster.told == told
+
+
+def test_serve_is_not_asked_where_the_operator_saw_all_applications_run() -> None:
+    cluster: Any = None
+    assert retry_failed(cluster, seen_as("RUNNING")) == {}
+
+
+def test_what_serve_does_not_take_is_told() -> None:
+    """An application that is gone by then, the next run brings back. Who may not tell Serve changes nothing."""
+    assert retry_failed(Serve({"a": NO_REPLICA}, {0: 403}), seen_as("DEPLOY_FAILED")) == {}
+    broken = Serve({"a": NO_REPLICA}, {1: 500})
+    with pytest.raises(ApiError):
+        retry_failed(broken, seen_as("DEPLOY_FAILED"))
+    broken.refuses = {}
+    assert retry_failed(broken, seen_as("DEPLOY_FAILED")) == {"a": "absent"} and broken.told == [[], ["a"]]
 
 
 def test_a_rerun_reports_what_it_tries_again(server: Server, cluster: Cluster) -> None:
     server.kinds["ray.io/v1"] = {"RayService": ("rayservices", True)}
     path = "/apis/ray.io/v1/namespaces/llm/rayservices/r"
-    item = {"apiVersion": "ray.io/v1", "kind": "RayService", **service()}
+    item = {"apiVersion": "ray.io/v1", "kind": "RayService", **seen_as("DEPLOY_FAILED")}
     server.put("/api/v1/namespaces/llm", {"metadata": {"name": "llm"}})
     server.put(PROXY, failed(TRACEBACK))
     work(cluster).apply([item])

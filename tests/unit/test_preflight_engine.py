@@ -13,6 +13,8 @@ from ansible.module_utils.rayplane_preflight_engine import check_type, engines, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.gateway.config import Timeouts
+
 RAY = "2.60.0"
 SCALES = {"min": 1, "max": 4, "target_ongoing_requests": 10}
 
@@ -232,6 +234,8 @@ def test_scaling_to_zero_tells_what_the_first_caller_gets() -> None:
     (problem,) = engines(values)
     assert problem.warning
     assert re.search(r"first caller .* gateway waits 300 s .* Serve 900 s", problem.reason)
+    (problem,) = engines({**values, "gateway_backend_defaults": {}})
+    assert f"gateway waits {Timeouts().first_token_s:g} s" in problem.reason
 
 
 @pytest.mark.parametrize(

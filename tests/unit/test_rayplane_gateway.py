@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rayplane_gateway
 import yaml
 from ansible.errors import AnsibleFilterError
 from conftest import PROJECT
@@ -37,6 +38,7 @@ from rayplane_gateway import (
 )
 
 from serve_app.gateway import keys as gateway_keys_of_the_gateway
+from serve_app.gateway.config import Server, Timeouts
 from serve_app.gateway.policy import Policy, load
 
 Json = dict[str, Any]
@@ -451,6 +453,15 @@ def test_an_application_load_balancer_with_tls() -> None:
     [path] = spec["rules"][0]["http"]["paths"]
     assert spec["ingressClassName"] == "alb"
     assert path["backend"] == {"service": {"name": "gateway", "port": {"name": "http"}}}
+
+
+def test_the_gateways_own_defaults_are_repeated_as_they_are() -> None:
+    own = Server()
+    config = {"server": {}}
+    assert rayplane_gateway._drain_s(config) == own.drain_s + own.drain_delay_s
+    assert Timeouts().total_s < rayplane_gateway._IDLE_S
+    found = rayplane_gateway._behind_balancer({"load_balancer": {"type": "alb", "idle_timeout_s": 1}, "server": {}})
+    assert found["keep_alive_s"] == own.keep_alive_s
 
 
 @pytest.mark.parametrize(
