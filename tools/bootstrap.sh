@@ -42,6 +42,9 @@ python=$(pick_python)
 install_uv "$python"
 stamp=$root/.venv/.rayplane-stamp
 key=$(cat "$root/uv.lock" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)
+# The checkout as the collection rayplane.platform, for ansible.cfg and for Python.
+mkdir -p "$root/.collections/ansible_collections/rayplane"
+ln -sfn ../../.. "$root/.collections/ansible_collections/rayplane/platform"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
   say "installing Ansible, its collections and the test tools into .venv"
   (cd "$root" && "$home/uv/bootstrap/bin/uv" sync --quiet --frozen --all-extras --python "$python")

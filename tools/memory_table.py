@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-ansible.module_utils.__path__.append(str(ROOT / "plugins/module_utils"))
+sys.path.insert(0, str(ROOT / ".collections"))
 
-from ansible.module_utils.rayplane_memory import GIB, need, shape_of
-from ansible.module_utils.rayplane_preflight_memory import model_gpu
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import model_gpu
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import GIB, need, shape_of
 
 DOCUMENT = ROOT / "docs/memory.md"
 INVENTORIES = ("dev", "staging", "prod")

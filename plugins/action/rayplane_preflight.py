@@ -25,29 +25,28 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
 import yaml
 from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
-
-# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-
-from ansible.module_utils import rayplane_preflight_access as access
-from ansible.module_utils import rayplane_preflight_environment as environment
-from ansible.module_utils import rayplane_preflight_hub as hub
-from ansible.module_utils import rayplane_preflight_live as live
-from ansible.module_utils.rayplane_preflight import ABSENT, Problem, nearest, render, split_path, step
-from ansible.module_utils.rayplane_preflight_account import STAND_IN
-from ansible.module_utils.rayplane_preflight_images import check_images
-from ansible.module_utils.rayplane_preflight_platform import PLATFORMS
-from ansible.module_utils.rayplane_preflight_rules import check_declared, required_tools
-from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
-from ansible.module_utils.rayplane_preflight_text import Respelled
-from ansible.module_utils.rayplane_preflight_values import whole
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight import access, environment, hub, live
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.account import STAND_IN
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import check_images
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.platform import PLATFORMS
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import (
+    ABSENT,
+    Problem,
+    nearest,
+    render,
+    split_path,
+    step,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules import check_declared, required_tools
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options, check_unknown
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import Respelled
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import whole
 
 try:
     # Where a value was read from; Ansible tags every value with it, and has no public name for the tag yet.

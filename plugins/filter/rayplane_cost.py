@@ -16,18 +16,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
 from ansible.errors import AnsibleFilterError
-
-# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-
-from ansible.module_utils.kube_quantity import quantity
-from ansible.module_utils.rayplane_gpus import gpu_of_instance, gpus_named
-from ansible.module_utils.rayplane_instances import gpus_of_instance, vcpus_of
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import gpus_of_instance, vcpus_of
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.quantity import quantity
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import gpu_of_instance, gpus_named
 
 __all__ = ["FilterModule", "cost_json", "cost_report", "cost_table", "cost_total", "cost_total_table"]
 

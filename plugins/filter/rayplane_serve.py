@@ -22,17 +22,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
 import yaml
-
-# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-ansible.module_utils.__path__.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-
-from ansible.module_utils.kube_quantity import quantity
-from ansible.module_utils.rayplane_gpus import label_value, ray_name
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.quantity import quantity
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import label_value, ray_name
 
 Json = dict[str, Any]
 
@@ -48,7 +42,7 @@ def ray_accelerator(name: str, accelerators: Mapping[str, Json]) -> str:
     return str(accelerators.get(name, {}).get("ray_name") or ray_name(name))
 
 
-def replica_bounds(model: Json) -> tuple[int, int]:
+def replica_bounds(model: Mapping[str, Any]) -> tuple[int, int]:
     """A model's least and most replicas: what its deployment says to Serve, or else its ``replicas``."""
     replicas, deployment = model.get("replicas") or {}, model.get("deployment") or {}
     own, fixed = deployment.get("autoscaling_config") or {}, deployment.get("num_replicas")
@@ -60,7 +54,7 @@ def replica_bounds(model: Json) -> tuple[int, int]:
     return low, int(own.get("max_replicas", replicas.get("max", max(low, 1))))
 
 
-def worker_group_name(model: Json) -> str:
+def worker_group_name(model: Mapping[str, Any]) -> str:
     """The derived group of a model's replicas: its accelerator and device, as part of a pod's name."""
     resources = model.get("resources") or {}
     if not resources.get("gpu"):
@@ -156,7 +150,7 @@ def rayservice_serve_config(models: Sequence[Json], locations: Mapping[str, str]
     }
 
 
-def rayservice_worker_groups(models: Sequence[Json], settings: Mapping[str, Any]) -> list[Json]:
+def rayservice_worker_groups(models: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Json]:
     """The worker groups: those of ``settings.worker_groups`` where given, else one for CPU work and one for each
     accelerator.
 

@@ -32,7 +32,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Ask which account this is
-  aws_account:
+  rayplane.platform.aws_account:
     cluster_name: ray-llm-cluster-dev
     old_buckets: [ray-llm-cluster-dev-models]
 """
@@ -50,9 +50,9 @@ bucket_suffix:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_account import bucket_suffix
-from ansible.module_utils.rayplane_aws import Api, Changes, run
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.account import bucket_suffix
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, run
 
 
 def reconcile(module: Any, changes: Changes) -> dict[str, Any]:

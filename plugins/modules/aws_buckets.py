@@ -117,7 +117,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the buckets
-  aws_buckets:
+  rayplane.platform.aws_buckets:
     cluster_name: ray-llm-cluster
     buckets:
       - name: ray-llm-cluster-models
@@ -149,7 +149,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
     Changes,
@@ -160,9 +161,14 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
-from ansible.module_utils.rayplane_eks import concurrently
-from ansible.module_utils.rayplane_policy import LOG_WRITERS, VERSION, by_statement, log_statements, partition_of
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import concurrently
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import (
+    LOG_WRITERS,
+    VERSION,
+    by_statement,
+    log_statements,
+    partition_of,
+)
 
 BLOCK = {"BlockPublicAcls": True, "IgnorePublicAcls": True, "BlockPublicPolicy": True, "RestrictPublicBuckets": True}
 # S3 counts a region's first bucket API as us-east-1, which must not be named when a bucket is made.
@@ -405,7 +411,9 @@ class Buckets:
         api = self._api(name)
         if have is None:
             region = self._region(self.buckets[name])
-            location = {} if region == UNNAMED_REGION else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            location: Json = (
+                {} if region == UNNAMED_REGION else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            )
             api.write("create_bucket", resource, Bucket=name, **location)
             tags = self.tags
         else:
@@ -521,7 +529,7 @@ class Buckets:
                 f"bucket {name}: {error.get('Key')} cannot be deleted: {error.get('Code')}: {error.get('Message')}"
             )
 
-    def _page(self, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    def _page(self, name: str) -> tuple[list[dict[str, str]], list[Json]]:
         """Return up to 1000 versions (delete markers included) and up to 1000 unfinished uploads."""
         api = self._api(name)
         answer = api.read("list_object_versions", f"bucket {name}", Bucket=name, MaxKeys=1000)

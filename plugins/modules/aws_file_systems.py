@@ -103,7 +103,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the shared files
-  aws_file_systems:
+  rayplane.platform.aws_file_systems:
     cluster_name: ray-llm-cluster
     file_systems:
       - {name: ray-llm-cluster-shared}
@@ -129,7 +129,8 @@ kept:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
     Changes,
@@ -140,7 +141,6 @@ from ansible.module_utils.rayplane_aws import (
     tag_list,
     wait_until,
 )
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 NFS_PORT = 2049
 LONGEST_NAME = 64
@@ -474,7 +474,7 @@ class FileSystems:
         wait_until(f"removal of the mount targets of file system {name}", probe, self.params["wait_timeout"])
 
 
-def _foreign(name: str, owner: str) -> str:
+def _foreign(name: str, owner: str | None) -> str:
     return f"file system {name} belongs to cluster {owner} (tag {OWNER_TAG})"
 
 

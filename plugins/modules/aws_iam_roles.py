@@ -89,7 +89,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the role of the control plane
-  aws_iam_roles:
+  rayplane.platform.aws_iam_roles:
     cluster_name: ray-llm-cluster
     roles:
       - name: ray-llm-cluster-control-plane
@@ -119,7 +119,8 @@ kept:
 import json
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     REGION_TAG,
     Api,
@@ -131,9 +132,8 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
-from ansible.module_utils.rayplane_eks import concurrently
-from ansible.module_utils.rayplane_policy import canonical
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import concurrently
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import canonical
 
 ABSENT = ("NoSuchEntity",)
 

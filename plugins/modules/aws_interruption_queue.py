@@ -68,7 +68,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the interruption queue
-  aws_interruption_queue:
+  rayplane.platform.aws_interruption_queue:
     cluster_name: ray-llm-cluster
 """
 
@@ -92,7 +92,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
     Changes,
@@ -103,8 +104,7 @@ from ansible.module_utils.rayplane_aws import (
     tag_list,
     wait_until,
 )
-from ansible.module_utils.rayplane_policy import VERSION, by_statement, canonical
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import VERSION, by_statement, canonical
 
 # Source and detail type of each event that Karpenter understands (its pkg/controllers/interruption/messages).
 EVENTS = {

@@ -91,7 +91,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the cluster's key
-  aws_kms_keys:
+  rayplane.platform.aws_kms_keys:
     cluster_name: ray-llm-cluster
     keys:
       - {alias: ray-llm-cluster, description: Encrypts what ray-llm-cluster stores}
@@ -120,7 +120,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     ROLE_TAG,
     Api,
@@ -130,9 +131,8 @@ from ansible.module_utils.rayplane_aws import (
     sync_tags,
     wait_until,
 )
-from ansible.module_utils.rayplane_eks import concurrently
-from ansible.module_utils.rayplane_policy import VERSION, by_statement, partition_of
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import concurrently
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import VERSION, by_statement, partition_of
 
 GONE = "absent"
 UNKNOWN = ("NotFoundException",)

@@ -55,7 +55,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Delete what the cluster's controllers left behind
-  aws_kubernetes_made:
+  rayplane.platform.aws_kubernetes_made:
     cluster_name: ray-llm-cluster-dev
 """
 
@@ -75,9 +75,15 @@ left:
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Changes, PlatformError, run, wait_until
-from ansible.module_utils.rayplane_sweep import KARPENTER_TAGS, KEEP_TAG, PVC_TAGS, Item, Sweep
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run, wait_until
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import (
+    KARPENTER_TAGS,
+    KEEP_TAG,
+    PVC_TAGS,
+    Item,
+    Sweep,
+)
 
 #: On instance profiles that Karpenter makes: the region of its cluster (karpenter.sh, "CloudFormation" reference).
 _PLACE_TAG = "topology.kubernetes.io/region"
@@ -256,8 +262,7 @@ class Made:
             for item in found:
                 # One in use is detached by whoever holds it, such as a load balancer that is going.
                 if item.state == "available":
-                    absent = {"NetworkInterfaceId": item.id}
-                    self.sweep.api("ec2").write("delete_network_interface", item.text(), **absent)
+                    self.sweep.api("ec2").write("delete_network_interface", item.text(), NetworkInterfaceId=item.id)
             return found
 
         self._wait_until_none("network interfaces", remaining)

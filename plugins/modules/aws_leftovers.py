@@ -53,7 +53,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Prove that nothing is left
-  aws_leftovers:
+  rayplane.platform.aws_leftovers:
     cluster_name: ray-llm-cluster-dev
     names: [ray-llm-cluster-dev-models]
 """
@@ -83,9 +83,9 @@ summary:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Changes, PlatformError, run
-from ansible.module_utils.rayplane_sweep import KEEP_TAG, PVC_TAGS, Item, Sweep
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import KEEP_TAG, PVC_TAGS, Item, Sweep
 
 _ENCRYPTED = ("bucket", "volume", "EFS file system", "log group")
 

@@ -264,7 +264,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the network of a cluster over two zones
-  aws_network:
+  rayplane.platform.aws_network:
     cluster_name: ray-llm-cluster
     availability_zones: [us-west-2a, us-west-2b]
     nat_mode: per_zone
@@ -272,7 +272,7 @@ EXAMPLES = r"""
       Project: rayplane
 
 - name: Keep a cluster's own subnets in a VPC that exists
-  aws_network:
+  rayplane.platform.aws_network:
     cluster_name: ray-llm-cluster
     existing_vpc_tags:
       Name: shared
@@ -341,15 +341,15 @@ flow_log_pending:
 from collections.abc import Callable
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Changes, PlatformError, run
-from ansible.module_utils.rayplane_network_bastion import SSM_SERVICES, Bastion
-from ansible.module_utils.rayplane_network_core import Context
-from ansible.module_utils.rayplane_network_endpoints import Endpoints, SecurityGroups
-from ansible.module_utils.rayplane_network_flow_logs import FlowLogs
-from ansible.module_utils.rayplane_network_peering import Peerings
-from ansible.module_utils.rayplane_network_routes import NatGateways, RouteTables
-from ansible.module_utils.rayplane_network_vpc import Subnets, Vpc
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run
+from ansible_collections.rayplane.platform.plugins.module_utils.network.bastion import SSM_SERVICES, Bastion
+from ansible_collections.rayplane.platform.plugins.module_utils.network.core import Context
+from ansible_collections.rayplane.platform.plugins.module_utils.network.endpoints import Endpoints, SecurityGroups
+from ansible_collections.rayplane.platform.plugins.module_utils.network.flow_logs import FlowLogs
+from ansible_collections.rayplane.platform.plugins.module_utils.network.peering import Peerings
+from ansible_collections.rayplane.platform.plugins.module_utils.network.routes import NatGateways, RouteTables
+from ansible_collections.rayplane.platform.plugins.module_utils.network.vpc import Subnets, Vpc
 
 _PRIVATE_GROUP = "-private"
 

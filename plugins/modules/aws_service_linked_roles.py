@@ -27,7 +27,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Let Karpenter start spot instances
-  aws_service_linked_roles:
+  rayplane.platform.aws_service_linked_roles:
     services: [spot.amazonaws.com]
 """
 
@@ -41,8 +41,8 @@ actions:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Api, Changes, run
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, run
 
 # What IAM answers where the role is there: another run may have made it since it was looked for.
 TAKEN = ("InvalidInput", "EntityAlreadyExists")

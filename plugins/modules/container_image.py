@@ -83,7 +83,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the gateway's image
-  container_image:
+  rayplane.platform.container_image:
     repository: registry.example.com/team/gateway
     containerfile: serve_app/Containerfile
     context: .
@@ -121,7 +121,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.container_registry import (
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError, run
+from ansible_collections.rayplane.platform.plugins.module_utils.images.registry import (
     Credentials,
     RegistryError,
     auth_file_text,
@@ -129,7 +130,6 @@ from ansible.module_utils.container_registry import (
     parse,
     stored_credentials,
 )
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run
 
 TOOLS = ("buildah", "podman", "docker")
 #: Length of the tag: 64 bits are enough to tell the images of one repository apart.

@@ -57,7 +57,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the repositories
-  ecr_repositories:
+  rayplane.platform.ecr_repositories:
     cluster_name: ray-llm-cluster
     repositories: [ray-llm-cluster/gateway]
 """
@@ -73,7 +73,8 @@ actions:
 import json
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
     Changes,
@@ -83,7 +84,6 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 NO_REPOSITORY = ("RepositoryNotFoundException",)
 NO_POLICY = ("LifecyclePolicyNotFoundException", *NO_REPOSITORY)

@@ -78,7 +78,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Let the platform team administer and the auditors look
-  eks_access_entries:
+  rayplane.platform.eks_access_entries:
     cluster_name: ray-llm-cluster
     entries:
       - principal_arn: arn:aws:iam::123456789012:role/platform
@@ -102,9 +102,15 @@ foreign:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import EksSet, concurrently, retag
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import EksSet, concurrently, retag
 
 
 class AccessEntries(EksSet):

@@ -99,7 +99,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the add-ons
-  eks_addons:
+  rayplane.platform.eks_addons:
     cluster_name: ray-llm-cluster
     addons:
       - {name: vpc-cni}
@@ -127,8 +127,15 @@ import json
 from typing import Any
 
 import yaml
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import (
     EksSet,
     concurrently,
     find_cluster,
@@ -139,7 +146,6 @@ from ansible.module_utils.rayplane_eks import (
     wait_for,
     wait_for_update,
 )
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 VERSION_TAG = "rayplane.io/kubernetes-version"
 

@@ -137,7 +137,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep a control plane
-  eks_cluster:
+  rayplane.platform.eks_cluster:
     name: ray-llm-cluster
     version: "1.36"
     role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-control-plane
@@ -176,7 +176,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
     Changes,
@@ -187,7 +188,7 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
-from ansible.module_utils.rayplane_eks import (
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import (
     ABSENT,
     concurrently,
     find_cluster,
@@ -196,10 +197,9 @@ from ansible.module_utils.rayplane_eks import (
     wait_for,
     wait_for_update,
 )
-from ansible.module_utils.rayplane_log_group import LogGroup
-from ansible.module_utils.rayplane_network_core import blocks_of
-from ansible.module_utils.rayplane_network_endpoints import rule_text
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.log_group import LogGroup
+from ansible_collections.rayplane.platform.plugins.module_utils.network.core import blocks_of
+from ansible_collections.rayplane.platform.plugins.module_utils.network.endpoints import rule_text
 
 # Nodes may be at most this many minor versions behind the control plane (Kubernetes version skew policy).
 MAX_SKEW = 3

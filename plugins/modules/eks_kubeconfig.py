@@ -54,7 +54,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the kubeconfig
-  eks_kubeconfig:
+  rayplane.platform.eks_kubeconfig:
     cluster_name: ray-llm-cluster
     path: ~/.kube/ray-llm-cluster
     command: [aws, eks, get-token, --cluster-name, ray-llm-cluster]
@@ -79,9 +79,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import require_cluster
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import require_cluster
 
 MODE = 0o600
 

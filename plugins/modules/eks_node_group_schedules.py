@@ -63,7 +63,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep GPU nodes warm during the working day
-  eks_node_group_schedules:
+  rayplane.platform.eks_node_group_schedules:
     cluster_name: ray-llm-cluster
     schedules:
       - {name: morning, node_group: gpu, recurrence: 0 7 * * 1-5, timezone: Europe/Zurich, min: 2, desired: 2}
@@ -81,9 +81,15 @@ actions:
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import ABSENT, find_cluster, require_cluster
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import ABSENT, find_cluster, require_cluster
 
 PREFIX = "rayplane-"
 SIZES = {"min": "MinSize", "max": "MaxSize", "desired": "DesiredCapacity"}

@@ -26,7 +26,7 @@ options:
   state:
     description: >-
       C(absent) deletes the launch templates and placement groups that are left of a cluster; the groups themselves go
-      with it, in M(eks_cluster).
+      with it, in M(rayplane.platform.eks_cluster).
     type: str
     choices: [present, absent]
     default: present
@@ -246,7 +246,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Keep the node groups
-  eks_node_groups:
+  rayplane.platform.eks_node_groups:
     cluster_name: ray-llm-cluster
     role_arn: arn:aws:iam::123456789012:role/ray-llm-cluster-node
     subnet_ids: [subnet-1, subnet-2]
@@ -277,8 +277,15 @@ node_groups:
 from collections.abc import Callable
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, only_given, run
-from ansible.module_utils.rayplane_eks import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    only_given,
+    run,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import (
     NEURON_TAG,
     EksSet,
     concurrently,
@@ -292,9 +299,12 @@ from ansible.module_utils.rayplane_eks import (
     wait_for,
     wait_for_update,
 )
-from ansible.module_utils.rayplane_launch_templates import LaunchTemplates, PlacementGroups, template_data
-from ansible.module_utils.rayplane_node_images import newer, newest_releases
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.launch_templates import (
+    LaunchTemplates,
+    PlacementGroups,
+    template_data,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.node_images import newer, newest_releases
 
 EFFECTS = {"NoSchedule": "NO_SCHEDULE", "NoExecute": "NO_EXECUTE", "PreferNoSchedule": "PREFER_NO_SCHEDULE"}
 BUSY = ("CREATING", "UPDATING", "DELETING")

@@ -38,7 +38,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Let roles trust service accounts of the cluster
-  eks_oidc_provider:
+  rayplane.platform.eks_oidc_provider:
     cluster_name: ray-llm-cluster
 """
 
@@ -60,7 +60,8 @@ issuer:
 
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     REGION_TAG,
     Api,
@@ -71,8 +72,7 @@ from ansible.module_utils.rayplane_aws import (
     tag_dict,
     tag_list,
 )
-from ansible.module_utils.rayplane_eks import concurrently, require_cluster
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import concurrently, require_cluster
 
 # The audience of tokens meant for AWS.
 AUDIENCE = "sts.amazonaws.com"

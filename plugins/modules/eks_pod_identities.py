@@ -55,7 +55,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Let the Ray pods read the models
-  eks_pod_identities:
+  rayplane.platform.eks_pod_identities:
     cluster_name: ray-llm-cluster
     associations:
       - namespace: rayplane
@@ -74,9 +74,9 @@ actions:
 from collections.abc import Collection
 from typing import Any
 
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run
-from ansible.module_utils.rayplane_eks import EksSet, concurrently, resolve_role, retag
 from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError, run
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import EksSet, concurrently, resolve_role, retag
 
 Account = tuple[str, str]
 

@@ -86,7 +86,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Give a tenth of the traffic to another cluster
-  gateway_admin:
+  rayplane.platform.gateway_admin:
     namespace: rayplane
     service: gateway-admin
     secret: gateway-operator
@@ -116,7 +116,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
     Json,

@@ -53,7 +53,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Issue a key
-  gateway_keys:
+  rayplane.platform.gateway_keys:
     path: keys/ray-llm-cluster-prod.json
     state: issued
     id: team-search

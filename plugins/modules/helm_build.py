@@ -77,7 +77,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Render the GPU operator
-  helm_build:
+  rayplane.platform.helm_build:
     chart: gpu-operator
     repo_url: https://helm.ngc.nvidia.com/nvidia
     version: v26.7.0
@@ -115,7 +115,15 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rayplane_build import CLUSTER_SCOPED, BuildError, Json, cached, names, parse, run_builder
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.build import (
+    CLUSTER_SCOPED,
+    BuildError,
+    Json,
+    cached,
+    names,
+    parse,
+    run_builder,
+)
 
 HOOK = "helm.sh/hook"
 

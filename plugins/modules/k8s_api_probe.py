@@ -47,7 +47,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Ask the API server
-  k8s_api_probe:
+  rayplane.platform.k8s_api_probe:
     cluster_name: ray-llm-cluster-dev
   register: __cleanup_probe
 """
@@ -78,17 +78,23 @@ version:
 import contextlib
 from typing import Any
 
-from ansible.module_utils.kube_api import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    run,
+    wait_until,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import find_cluster
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     Connection,
     KubeError,
     connection_from_environment,
     forget_temporary,
 )
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run, wait_until
-from ansible.module_utils.rayplane_eks import find_cluster
-from ansible.module_utils.rayplane_reach import explain, kind_of
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.reach import explain, kind_of
 
 # The name of a new endpoint takes a moment to be known everywhere; nothing else gets better by waiting.
 _NAME_SECONDS = 60
@@ -125,6 +131,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     name = module.params["cluster_name"]
     facts: dict[str, Any] = {"exists": True, "reachable": False, "reason": "", "server": "", "version": ""}
     own: list[str] = []
+    found = None
     if name:
         found = find_cluster(Api(module.client("eks"), changes), name)
         if found is None:
@@ -138,7 +145,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
             if module.params["required"]:
                 raise PlatformError(f"{why}: write it again (--tags kubeconfig)")
             return {**facts, "reason": why}
-        if name and module.params["required"]:
+        if found is not None and module.params["required"]:
             return {**facts, **require(module, found, connection), "reachable": True}
         answer = Cluster(connection, timeout=20).request("GET", "/version")
     except (KubeError, OSError, KeyError, ValueError) as error:

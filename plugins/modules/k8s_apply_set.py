@@ -23,7 +23,9 @@ options:
     elements: dict
     default: []
   src:
-    description: A JSON file with a list of further objects (see M(kustomize_build) and M(helm_build)).
+    description: >-
+      A JSON file with a list of further objects (see M(rayplane.platform.kustomize_build) and
+      M(rayplane.platform.helm_build)).
     type: path
   labels:
     description: >-
@@ -122,7 +124,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Apply the role's objects
-  k8s_apply_set:
+  rayplane.platform.k8s_apply_set:
     objects: "{{ __rayservice_objects }}"
     labels:
       app.kubernetes.io/part-of: rayplane
@@ -166,7 +168,7 @@ import json
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     ClusterToCome,
     KubeError,
@@ -174,7 +176,7 @@ from ansible.module_utils.kube_api import (
     connection_from_environment,
     forget_temporary,
 )
-from ansible.module_utils.kube_apply import ApplyError, ApplySet
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import ApplyError, ApplySet
 
 
 def main() -> None:

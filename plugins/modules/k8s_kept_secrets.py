@@ -12,8 +12,8 @@ short_description: Find the values of Secrets that were made once, or make them
 description:
   - >-
     Some secrets nobody has to know beforehand (a database's password, a signing key). This module reads them from the
-    cluster, and makes at random what is not there yet. It writes nothing: M(k8s_apply_set) applies the Secrets with
-    the values, so that they are kept at every further run.
+    cluster, and makes at random what is not there yet. It writes nothing: M(rayplane.platform.k8s_apply_set) applies
+    the Secrets with the values, so that they are kept at every further run.
   - What it returns is secret. Give its tasks C(no_log).
 options:
   namespace:
@@ -45,7 +45,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Find or make what is secret
-  k8s_kept_secrets:
+  rayplane.platform.k8s_kept_secrets:
     namespace: rayplane
     secrets:
       - {name: gateway-redis, values: {password: token}}
@@ -73,7 +73,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     KubeError,
     NoKubeconfigError,

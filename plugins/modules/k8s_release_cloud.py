@@ -42,7 +42,7 @@ author: rayplane contributors (@rayplane)
 
 EXAMPLES = r"""
 - name: Give back load balancers and volumes
-  k8s_release_cloud:
+  rayplane.platform.k8s_release_cloud:
     cluster_name: ray-llm-cluster-dev
 """
 
@@ -69,7 +69,16 @@ skipped_because:
 
 from typing import Any
 
-from ansible.module_utils.kube_api import (
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    Api,
+    Changes,
+    PlatformError,
+    run,
+    wait_until,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import find_cluster
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
     Json,
@@ -78,9 +87,6 @@ from ansible.module_utils.kube_api import (
     connection_from_environment,
     forget_temporary,
 )
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError, run, wait_until
-from ansible.module_utils.rayplane_eks import find_cluster
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 
 _SERVICE = Resource("v1", "Service", "services", True)
 _POD = Resource("v1", "Pod", "pods", True)

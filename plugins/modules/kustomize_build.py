@@ -46,7 +46,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Build the operator's objects
-  kustomize_build:
+  rayplane.platform.kustomize_build:
     source: https://github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.6.2
     cache_dir: /var/cache/rayplane/kustomize
     namespace: kuberay-system
@@ -74,7 +74,15 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rayplane_build import CLUSTER_SCOPED, BuildError, Json, cached, names, parse, run_builder
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.build import (
+    CLUSTER_SCOPED,
+    BuildError,
+    Json,
+    cached,
+    names,
+    parse,
+    run_builder,
+)
 
 
 def source_state(source: str) -> str:

@@ -72,7 +72,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Bring the models to the bucket
-  model_files:
+  rayplane.platform.model_files:
     models:
       - {id: qwen-0-5b, source: Qwen/Qwen2.5-0.5B-Instruct, revision: main}
     bucket: "{{ platform_models_bucket }}"
@@ -98,7 +98,13 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.model_sync import HUB_ID, Bucket, ModelError, Result, Syncer
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.model_sync import (
+    HUB_ID,
+    Bucket,
+    ModelError,
+    Result,
+    Syncer,
+)
 
 
 def hub_module() -> Any:

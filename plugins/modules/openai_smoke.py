@@ -67,7 +67,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Ask the models
-  openai_smoke:
+  rayplane.platform.openai_smoke:
     base_url: http://127.0.0.1:30080
     models:
       - {id: smollm2-135m-instruct, route_prefix: /, prompt: "What is the capital of France?", expect: Paris}
@@ -90,7 +90,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     KubeError,
     Resource,

@@ -1,22 +1,22 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Run a module of this project in the process that Ansible has forked for its task.
+"""Run a module of this collection in the process that Ansible has forked for its task.
 
 Ansible starts a fresh Python for every module, and importing an SDK takes that Python longer than most modules need for
-their work (boto3 0.5 s, the Kubernetes client 0.4 s). This action imports the module once, in the process that
-schedules the tasks: the strategy loads an action there before it forks. Each task's process then has everything
-imported, and the module's unchanged ``main()`` runs in it. That process serves one task on one host and ends, so
-nothing a module sets is seen by another.
+their work (boto3 0.5 s, the Kubernetes client 0.4 s). This action imports modules once, in the process that schedules
+the tasks: the strategy loads an action there before it forks. Each task's process then has everything imported, and the
+module's unchanged ``main()`` runs in it. That process serves one task on one host and ends, so nothing a module sets is
+seen by another.
 
-The files of ``plugins/action`` that are links to this one name the modules that run so. Where a task is not for the
-controller itself (another connection, another interpreter, become, async) the module runs as any other.
+``meta/runtime.yml`` names the modules that run so. Where a task is not for the controller itself (another connection,
+another interpreter, become, async) the module runs as any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -26,38 +26,25 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import ansible.module_utils
 from ansible.module_utils import basic
 from ansible.module_utils.common.json import Direction, get_module_encoder
 from ansible.plugins.action import ActionBase
 from ansible.utils.vars import merge_hash
 
-PLUGINS = Path(__file__).absolute().parents[1]
-
-# On the controller the project's module_utils are no package of their own: they are looked up beside Ansible's.
-if str(PLUGINS / "module_utils") not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
+_MODULES = "ansible_collections.rayplane.platform.plugins.modules"
 
 # How a module that states nothing else reads its arguments and writes its result.
 _PROFILE = "legacy"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def load(name: str) -> ModuleType:
-    """Import a module of ``plugins/modules``."""
-    spec = importlib.util.spec_from_file_location(f"rayplane_modules.{name}", PLUGINS / "modules" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-# Under its link's name, this file is the action of the module of that name.
-_NAME = Path(__file__).stem
-_MODULE = load(_NAME) if (PLUGINS / "modules" / f"{_NAME}.py").is_file() else None
+def preload(*prefixes: str) -> None:
+    """Import the modules whose names start so, and with them what they import."""
+    for file in sorted((Path(__file__).parents[1] / "modules").glob("*.py")):
+        if file.stem.startswith(prefixes):
+            importlib.import_module(f"{_MODULES}.{file.stem}")
 
 
 class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
@@ -89,12 +76,13 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         )
 
     def _run_here(self, variables: dict[str, Any]) -> dict[str, Any]:
-        assert _MODULE is not None
+        name = self._task.action.rpartition(".")[2]
+        module = importlib.import_module(f"{_MODULES}.{name}")
         _end_with_ansible()
         environment: dict[str, Any] = {}
         self._compute_environment_string(environment)
         arguments = dict(self._task.args)
-        self._update_module_args(_NAME, arguments, variables)
+        self._update_module_args(name, arguments, variables)
         # Exit handlers, with which a module would remove its own folder, do not run in a forked process.
         folder = tempfile.mkdtemp(prefix="rayplane-")
         arguments["_ansible_tmpdir"] = folder
@@ -105,7 +93,7 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-                _MODULE.main()
+                module.main()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         answer: dict[str, Any] = self._parse_returned_data({"stdout": output.getvalue(), "stderr": ""}, _PROFILE)

@@ -6,7 +6,6 @@ changes nothing, that nothing of another mode is left, and that the role waits f
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_gpu import gpu_plugin_objects
 from rayplane_local import parts
 from rayplane_local.settings import Settings
 
@@ -62,16 +62,6 @@ def variants() -> Iterator[Json]:
     yield settings(dcgm_metrics=[])
 
 
-def filters() -> Any:
-    """The filter plugin, loaded as Ansible does it: from its file."""
-    spec = importlib.util.spec_from_file_location("rayplane_gpu", ROOT / "plugins/filter/rayplane_gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def kubectl(api: Path) -> Kubectl:
     """Call kubectl on the API server without a node."""
@@ -80,7 +70,7 @@ def kubectl(api: Path) -> Kubectl:
 
 def test_every_object_is_accepted_by_the_api_server(kubectl: Kubectl, tmp_path: Path) -> None:
     seen = {}
-    build = filters().gpu_plugin_objects
+    build = gpu_plugin_objects
     for item in itertools.chain.from_iterable(build(variant) for variant in variants()):
         # A dry run in a namespace asks for one that is there.
         if item["metadata"].get("namespace"):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import botocore.session
-from ansible.module_utils import rayplane_aws
+from ansible_collections.rayplane.platform.plugins.module_utils.aws import core as rayplane_aws
 from botocore.exceptions import ClientError
 from botocore.model import ServiceModel
 from botocore.validate import ParamValidator

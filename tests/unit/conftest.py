@@ -1,14 +1,12 @@
-"""Puts the project's plugins on the import path, under the names that Ansible gives them."""
+"""Fixtures of the unit tests: an API server that keeps its objects in memory, and a client of it."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ansible.module_utils
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -18,14 +16,8 @@ settings.load_profile("same")
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-# What comes later is found first: an action bears its module's name, and a test that imports the name means the module.
-for _folder in ("plugins/filter", "plugins/action", "plugins/modules", "plugins/callback", "tools"):
-    sys.path.insert(0, str(PROJECT / _folder))
-# Shared code is imported as `ansible.module_utils.<name>`, in tests as in a run.
-ansible.module_utils.__path__.append(str(PROJECT / "plugins" / "module_utils"))
-
 if TYPE_CHECKING:
-    from ansible.module_utils.kube_api import Cluster
+    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster
     from kube_fake import Server
 
 
@@ -45,6 +37,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def cluster(server: Server) -> Cluster:
     """The client of the API server."""
-    from ansible.module_utils.kube_api import Cluster, Connection
+    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster, Connection
 
     return Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}"))

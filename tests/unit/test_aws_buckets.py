@@ -5,10 +5,14 @@ import copy
 import json
 from typing import Any
 
-import aws_buckets
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from ansible.module_utils.rayplane_policy import by_statement, canonical, log_statements
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import (
+    by_statement,
+    canonical,
+    log_statements,
+)
+from ansible_collections.rayplane.platform.plugins.modules import aws_buckets
 from aws_fake import FakeClient, refusal
 
 Json = dict[str, Any]

@@ -3,9 +3,9 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import aws_file_systems
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import aws_file_systems
 from aws_fake import Clock, FakeClient, refusal
 
 Json = dict[str, Any]

@@ -3,11 +3,15 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import aws_iam_roles
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_iam import (
+    aws_partition,
+    aws_service_trust,
+    bucket_reader_policy,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import aws_iam_roles
 from aws_fake import FakeClient, refusal
-from rayplane_iam import aws_partition, aws_service_trust, bucket_reader_policy
 
 READ_ONLY = "arn:aws:iam::aws:policy/ReadOnlyAccess"
 ADMIN = "arn:aws:iam::aws:policy/AdministratorAccess"

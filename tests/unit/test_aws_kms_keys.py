@@ -4,9 +4,9 @@
 import json
 from typing import Any
 
-import aws_kms_keys
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import aws_kms_keys
 from aws_fake import Clock, FakeClient, refusal
 
 Json = dict[str, Any]

@@ -11,15 +11,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aws_kubernetes_made
-import aws_leftovers
-import k8s_api_probe
-import k8s_release_cloud
 import pytest
 import yaml
-from ansible.module_utils.kube_api import ApiError, Connection, KubeError, Resource
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Changes, PlatformError
-from ansible.module_utils.rayplane_sweep import KEEP_TAG, Sweep, belongs
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import OWNER_TAG, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import KEEP_TAG, Sweep, belongs
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
+    ApiError,
+    Connection,
+    KubeError,
+    Resource,
+)
+from ansible_collections.rayplane.platform.plugins.modules import (
+    aws_kubernetes_made,
+    aws_leftovers,
+    k8s_api_probe,
+    k8s_release_cloud,
+)
 from aws_fake import Clock, FakeClient, refusal
 from conftest import PROJECT
 
@@ -356,7 +363,7 @@ def test_whether_the_cluster_may_be_deleted_is_asked_before_anything_is() -> Non
     ]
     assert includes[0] == ({"name": "cleanup", "tasks_from": "reach"}, "clusters")
     first = load("roles", "cleanup", "tasks", "reach.yml")[0]
-    assert first["eks_cluster"] == {"name": "{{ platform_cluster_name }}", "state": "deletable"}
+    assert first["rayplane.platform.eks_cluster"] == {"name": "{{ platform_cluster_name }}", "state": "deletable"}
     assert first["when"] == "platform == 'aws'"
 
 

@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import container_image
 import pytest
 import yaml
-from ansible.module_utils import container_registry
-from ansible.module_utils.container_registry import Credentials, Reference, RegistryError, digest_of, parse
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.images import registry as container_registry
+from ansible_collections.rayplane.platform.plugins.module_utils.images.registry import (
+    Credentials,
+    Reference,
+    RegistryError,
+    digest_of,
+    parse,
+)
+from ansible_collections.rayplane.platform.plugins.modules import container_image
 from aws_fake import FakeClient, refusal
 from conftest import PROJECT
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.rayplane_preflight_rules import check_declared
+from ansible_collections.rayplane.platform.plugins.action.rayplane_preflight import FACTS
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules import check_declared
 from conftest import PROJECT
-from rayplane_preflight import FACTS
 
 DOCUMENTS = sorted(
     path for pattern in ("README.md", "docs/**/*.md", "roles/*/README.md") for path in PROJECT.glob(pattern)

@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.rayplane.platform.plugins.callback.rayplane_drift import (
+    HIDDEN,
+    Report,
+    differences,
+    entries,
+    is_secret,
+    reason_of,
+    without_secrets,
+)
 from conftest import PROJECT
-from rayplane_drift import HIDDEN, Report, differences, entries, is_secret, reason_of, without_secrets
 
 AWS = {
     "changed": True,

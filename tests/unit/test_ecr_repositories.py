@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import ecr_repositories
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import ecr_repositories
 from aws_fake import FakeClient, refusal
 
 NAME = "c1/gateway"

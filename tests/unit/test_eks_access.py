@@ -3,10 +3,9 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import eks_access_entries
-import eks_pod_identities
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import eks_access_entries, eks_pod_identities
 from aws_fake import FakeClient
 
 ADMIN = "arn:aws:iam::1:role/admin"

@@ -3,9 +3,9 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import eks_addons
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import eks_addons
 from aws_fake import Clock, FakeClient, refusal
 
 
@@ -262,7 +262,7 @@ def test_what_waited_for_nodes_is_looked_at_again(clock: Clock, monkeypatch: pyt
         if clock.now > 5:
             eks.addons["coredns"]["status"] = "ACTIVE"
 
-    monkeypatch.setattr("ansible.module_utils.rayplane_aws._sleep", wake)
+    monkeypatch.setattr("ansible_collections.rayplane.platform.plugins.module_utils.aws.core._sleep", wake)
     eks.client.calls.clear()
     answer, changes = facts(eks, wait_for=[name])
     assert 5 < clock.now < 60

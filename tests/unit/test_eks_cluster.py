@@ -4,9 +4,9 @@
 import re
 from typing import Any
 
-import eks_cluster
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import eks_cluster
 from aws_fake import Clock, FakeClient, refusal
 
 PARAMS = {

@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import eks_kubeconfig
 import pytest
 import yaml
-from ansible.module_utils.rayplane_aws import Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_kubeconfig import kubeconfig_problem
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import eks_kubeconfig
 from aws_fake import FakeClient, refusal
-from rayplane_kubeconfig import kubeconfig_problem
 
 CLUSTER = {"endpoint": "https://c1", "certificateAuthority": {"data": "Q0E="}, "status": "ACTIVE"}
 

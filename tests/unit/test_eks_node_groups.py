@@ -5,11 +5,12 @@ import re
 from typing import Any
 
 import boto3
-import eks_node_groups
 import pytest
 import yaml
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
-from ansible.module_utils.rayplane_eks import (
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import (
     AMI_TYPES,
     ENDED,
     GPU_LABEL,
@@ -18,9 +19,8 @@ from ansible.module_utils.rayplane_eks import (
     neuron_devices,
     node_labels,
 )
-from ansible.module_utils.rayplane_node_images import newer, parameter
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar, trust_as_template
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.node_images import newer, parameter
+from ansible_collections.rayplane.platform.plugins.modules import eks_node_groups
 from aws_fake import Clock, FakeClient, refusal
 from conftest import PROJECT
 

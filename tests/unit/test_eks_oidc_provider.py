@@ -3,9 +3,9 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import eks_oidc_provider
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import eks_oidc_provider
 from aws_fake import FakeClient, refusal
 
 ISSUER = "oidc.eks.us-west-2.amazonaws.com/id/1"

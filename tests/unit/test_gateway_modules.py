@@ -13,15 +13,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import gateway_admin
 import pytest
-from ansible.module_utils.kube_api import Cluster, Connection
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster, Connection
+from ansible_collections.rayplane.platform.plugins.modules import gateway_admin
+from ansible_collections.rayplane.platform.plugins.modules.gateway_admin import Admin, AdminError, reconcile
+from ansible_collections.rayplane.platform.plugins.modules.gateway_keys import (
+    KeysError,
+    change,
+    entry_of,
+    moment,
+    new_key,
+    read,
+    successor,
+    write,
+)
+from ansible_collections.rayplane.platform.plugins.modules.k8s_kept_secrets import MAKERS, SecretError, keep
 from conftest import PROJECT
-from gateway_admin import Admin, AdminError, reconcile
-from gateway_keys import KeysError, change, entry_of, moment, new_key, read, successor, write
 from hypothesis import given
 from hypothesis import strategies as st
-from k8s_kept_secrets import MAKERS, SecretError, keep
 
 from serve_app.gateway import keys as theirs
 
@@ -115,7 +124,7 @@ PLAY = """
   gather_facts: false
   tasks:
     - name: Ask
-      gateway_keys:
+      rayplane.platform.gateway_keys:
         path: "{{ path }}"
         state: "{{ state }}"
         id: a
@@ -124,7 +133,7 @@ PLAY = """
       register: done
       no_log: "{{ hidden }}"
     - name: Show
-      show_once: {text: "{{ done.key }}"}
+      rayplane.platform.show_once: {text: "{{ done.key }}"}
       no_log: true
     - name: Say
       ansible.builtin.debug: {msg: "{{ done.actions }}"}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.rayplane_build import BuildError, parse
-from helm_build import chart_state, command_of, fit, rendered
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.build import BuildError, parse
+from ansible_collections.rayplane.platform.plugins.modules.helm_build import chart_state, command_of, fit, rendered
 from rayplane_local import parts
 from rayplane_local.settings import Settings
 

@@ -5,9 +5,8 @@ import re
 from typing import Any
 
 import pytest
-import rayplane_iam
-from conftest import PROJECT
-from rayplane_iam import (
+from ansible_collections.rayplane.platform.plugins.filter import rayplane_iam
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_iam import (
     aws_service_trust,
     bucket_reader_policy,
     cluster_autoscaler_policy,
@@ -17,6 +16,7 @@ from rayplane_iam import (
     karpenter_policy,
     load_balancer_controller_policy,
 )
+from conftest import PROJECT
 
 CLUSTER = "ray-llm-cluster-prod"
 KEY = "arn:aws:kms:us-west-2:123456789012:key/11111111-2222-3333-4444-555555555555"

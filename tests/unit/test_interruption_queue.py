@@ -4,12 +4,12 @@
 import json
 from typing import Any
 
-import aws_interruption_queue
 import pytest
 import yaml
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import aws_interruption_queue
 from aws_fake import Clock, FakeClient, refusal
 from conftest import PROJECT
 
@@ -312,13 +312,15 @@ def test_where_there_was_no_karpenter_nothing_is_told_and_no_permission_needed(m
 
 def test_the_clouds_tasks_reconcile_the_queue_whatever_the_autoscaler() -> None:
     tasks = yaml.safe_load((PROJECT / "roles/autoscaler/tasks/cloud.yml").read_text(encoding="utf-8"))
-    (queue,) = [task for task in tasks if "aws_interruption_queue" in task]
+    (queue,) = [task for task in tasks if "rayplane.platform.aws_interruption_queue" in task]
     assert "when" not in queue
     states = {}
     for autoscaler in ("karpenter", "cluster_autoscaler", "none"):
         variables = {"platform_autoscaler": autoscaler, "autoscaler_interruption_queue": True}
         states[autoscaler] = [
-            Templar(DataLoader(), variables=variables).template(trust_as_template(queue["aws_interruption_queue"][key]))
+            Templar(DataLoader(), variables=variables).template(
+                trust_as_template(queue["rayplane.platform.aws_interruption_queue"][key])
+            )
             for key in ("state", "optional")
         ]
     assert states == {

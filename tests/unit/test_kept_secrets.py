@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import k8s_kept_secrets
 import pytest
-from ansible.module_utils.kube_api import Cluster
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster
+from ansible_collections.rayplane.platform.plugins.modules import k8s_kept_secrets
+from ansible_collections.rayplane.platform.plugins.modules.k8s_kept_secrets import keep
 from cryptography import x509
-from k8s_kept_secrets import keep
 from kube_fake import Server
 
 NAMES = ["hook.kube-system.svc", "hook.kube-system.svc.cluster.local"]

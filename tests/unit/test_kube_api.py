@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
     Connection,

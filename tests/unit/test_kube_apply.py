@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from ansible.module_utils.kube_api import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
     ClusterToCome,
@@ -14,7 +14,13 @@ from ansible.module_utils.kube_api import (
     NoKubeconfigError,
     connection_from_environment,
 )
-from ansible.module_utils.kube_apply import ApplyError, ApplySet, comparable, diff_of, merged
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import (
+    ApplyError,
+    ApplySet,
+    comparable,
+    diff_of,
+    merged,
+)
 from kube_fake import LABELS, Json, Server
 
 
@@ -349,7 +355,7 @@ def test_a_change_that_cannot_start_is_taken_back(
     two_cores.put(stuck, pod("gateway-0", "1", revision="2", **status))
     change = work(cluster)
     change.apply([stateful("1", image="no/such:image")])
-    monkeypatch.setattr("ansible.module_utils.kube_state.IMAGE_PATIENCE_S", 0.05)
+    monkeypatch.setattr("ansible_collections.rayplane.platform.plugins.module_utils.kube.state.IMAGE_PATIENCE_S", 0.05)
     target = {"api_version": "apps/v1", "kind": "StatefulSet", "namespace": "llm", "name": "gateway"}
     with pytest.raises(ApplyError, match=r"cannot become ready: .*image no/such:image cannot be pulled") as caught:
         change.wait([target], 60, {"namespace": "llm"}, poll=0.02)
@@ -402,7 +408,9 @@ def test_who_may_not_list_pods_is_told_by_the_deployment(
     live["status"] = {"observedGeneration": 1, "conditions": [condition, available]}
     two_cores.put(path, live)
     two_cores.unlisted = {"pods", "replicasets"}
-    monkeypatch.setattr("ansible.module_utils.kube_apply._REFUSED_PATIENCE_S", 0.0)
+    monkeypatch.setattr(
+        "ansible_collections.rayplane.platform.plugins.module_utils.kube.apply._REFUSED_PATIENCE_S", 0.0
+    )
     change = work(cluster)
     change.apply([{**stateful("1", image="new"), "kind": "Deployment"}])
     target = {"api_version": "apps/v1", "kind": "Deployment", "namespace": "llm", "name": "gateway"}

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.kube_api import ApiError, Cluster, Connection, connection_from_environment
-from ansible.module_utils.kube_apply import ApplyError, ApplySet
-from ansible.module_utils.kube_quantity import quantity
-from ansible.module_utils.kube_room import no_node_for, requests_of, tolerates
-from ansible.module_utils.kube_serve import retry_failed
-from ansible.module_utils.kube_state import (
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
+    ApiError,
+    Cluster,
+    Connection,
+    connection_from_environment,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import ApplyError, ApplySet
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.quantity import quantity
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.room import no_node_for, requests_of, tolerates
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.serve import retry_failed
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.state import (
     Final,
     daemonset_state,
     deployment_state,
@@ -323,7 +328,9 @@ def test_a_rerun_reports_what_it_tries_again(server: Server, cluster: Cluster) -
 
 
 def test_credentials_that_stay_refused_end_the_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ansible.module_utils.kube_apply._REFUSED_PATIENCE_S", 0.1)
+    monkeypatch.setattr(
+        "ansible_collections.rayplane.platform.plugins.module_utils.kube.apply._REFUSED_PATIENCE_S", 0.1
+    )
     server.tokens = {"good"}
     headers = {"Authorization": "Bearer bad"}
     refused = Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}", headers=headers))

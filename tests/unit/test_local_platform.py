@@ -92,7 +92,8 @@ def test_the_role_hands_over_settings_that_exist() -> None:
 
 def test_the_role_has_one_task_a_stage() -> None:
     tasks = yaml.safe_load((PROJECT / "roles" / "local_platform" / "tasks" / "main.yml").read_text())
-    assert [task["local_platform"]["stage"] for task in tasks] == [stage.name for stage in stages.STAGES]
+    named = [task["rayplane.platform.local_platform"]["stage"] for task in tasks]
+    assert named == [stage.name for stage in stages.STAGES]
 
 
 # Keys and files

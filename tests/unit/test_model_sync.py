@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible.module_utils.model_sync import (
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.model_sync import (
     Bucket,
     ChecksumCache,
     File,

@@ -3,10 +3,10 @@
 # ruff: noqa: N803 -- the fakes take arguments under the names AWS gives them
 from typing import Any
 
-import aws_network
 import pytest
-from ansible.module_utils.rayplane_aws import Changes, PlatformError
-from ansible.module_utils.rayplane_network_endpoints import permission, rules_of
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.network.endpoints import permission, rules_of
+from ansible_collections.rayplane.platform.plugins.modules import aws_network
 from aws_fake import Clock, FakeClient, refusal
 
 PARAMS = {

@@ -4,7 +4,11 @@ import ipaddress
 from typing import Any
 
 import pytest
-from ansible.module_utils.rayplane_network import check_peers, inside, plan_subnets
+from ansible_collections.rayplane.platform.plugins.module_utils.network.addresses import (
+    check_peers,
+    inside,
+    plan_subnets,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

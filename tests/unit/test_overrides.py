@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rayplane_overrides import declared_type, typed
+from ansible_collections.rayplane.platform.plugins.callback.rayplane_overrides import declared_type, typed
 
 PROJECT = Path(__file__).resolve().parents[2]
 

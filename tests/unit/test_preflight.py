@@ -6,8 +6,17 @@ import json
 from typing import Any
 
 import pytest
-from ansible.module_utils.rayplane_preflight import ABSENT, Problem, is_secret, nearest, render, show, split_path, step
-from ansible.module_utils.rayplane_preflight_specs import check_options, check_unknown
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import (
+    ABSENT,
+    Problem,
+    is_secret,
+    nearest,
+    render,
+    show,
+    split_path,
+    step,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options, check_unknown
 from hypothesis import given
 from hypothesis import strategies as st
 

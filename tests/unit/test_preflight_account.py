@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
-import aws_account
 import pytest
-from ansible.module_utils import rayplane_preflight_account as account
-from ansible.module_utils.rayplane_aws import Changes
-from ansible.module_utils.rayplane_instances import vcpus_of
-from ansible.module_utils.rayplane_preflight import Problem
-from ansible.module_utils.rayplane_preflight_hub import check_hub, known_gated
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import vcpus_of
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight import account
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.hub import check_hub, known_gated
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.modules import aws_account
 from aws_fake import FakeClient, refusal
 from test_preflight_rules import found
 

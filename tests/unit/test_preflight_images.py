@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible.module_utils import rayplane_preflight_images
-from ansible.module_utils.container_registry import RegistryError
-from ansible.module_utils.rayplane_preflight import Problem
-from ansible.module_utils.rayplane_preflight_images import check_images, images
+from ansible_collections.rayplane.platform.plugins.module_utils.images.registry import RegistryError
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight import images as rayplane_preflight_images
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import check_images, images
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
 
 GOOD: dict[str, Any] = {
     "platform": "existing",

@@ -10,10 +10,15 @@ from typing import Any
 import memory_table
 import pytest
 import yaml
-from ansible.module_utils.rayplane_gpus import GPUS, LABEL_OF_FAMILY, gpus_named, ray_name
-from ansible.module_utils.rayplane_instances import gpus_of_instance
-from ansible.module_utils.rayplane_memory import GIB, SHAPES, need, shape_of
-from ansible.module_utils.rayplane_preflight_memory import gpu_memory, gpu_nodes, model_gpu
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import gpus_of_instance
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import gpu_memory, gpu_nodes, model_gpu
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import (
+    GPUS,
+    LABEL_OF_FAMILY,
+    gpus_named,
+    ray_name,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import GIB, SHAPES, need, shape_of
 from conftest import PROJECT
 
 GPU = {gpu.name: gpu for gpu in GPUS}

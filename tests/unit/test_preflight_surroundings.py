@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils import rayplane_preflight_environment as environment
-from ansible.module_utils import rayplane_preflight_live as live
-from ansible.module_utils.rayplane_preflight import Problem
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight import environment, live
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
 from botocore.exceptions import ClientError
 from conftest import PROJECT
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from conftest import PROJECT
-from rayplane_autoscaler import (
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_autoscaler import (
     cluster_autoscaler_objects,
     karpenter_objects,
     karpenter_problems,
     karpenter_targets,
     karpenter_wants_spot,
 )
+from conftest import PROJECT
 
 DEFAULTS = yaml.safe_load((PROJECT / "roles/autoscaler/defaults/main.yml").read_text(encoding="utf-8"))
 SETTINGS = {

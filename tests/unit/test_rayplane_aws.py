@@ -8,8 +8,15 @@ from typing import Any
 
 import botocore.exceptions as errors
 import pytest
-from ansible.module_utils import rayplane_aws
-from ansible.module_utils.rayplane_aws import OWNER_TAG, ROLE_TAG, Api, Changes, PlatformError, wait_until
+from ansible_collections.rayplane.platform.plugins.module_utils.aws import core as rayplane_aws
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
+    OWNER_TAG,
+    ROLE_TAG,
+    Api,
+    Changes,
+    PlatformError,
+    wait_until,
+)
 from aws_fake import Clock, FakeClient, refusal
 from botocore.parsers import ResponseParserError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rayplane_cost
 import yaml
 from ansible.errors import AnsibleFilterError
+from ansible_collections.rayplane.platform.plugins.filter import rayplane_cost
 from conftest import PROJECT
 from test_specs import run_ansible
 

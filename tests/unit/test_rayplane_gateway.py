@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rayplane_gateway
 import yaml
 from ansible.errors import AnsibleFilterError
-from conftest import PROJECT
-from hypothesis import given
-from hypothesis import strategies as st
-from rayplane_gateway import (
+from ansible_collections.rayplane.platform.plugins.filter import rayplane_gateway
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_gateway import (
     OPERATOR,
     gateway_applied_version,
     gateway_config,
@@ -36,6 +33,9 @@ from rayplane_gateway import (
     gateway_version,
     local_image_key,
 )
+from conftest import PROJECT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve_app.gateway import keys as gateway_keys_of_the_gateway
 from serve_app.gateway.config import Server, Timeouts

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from rayplane_gpu import (
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_gpu import (
     FilterModule,
     dcgm_csv,
     gpu_namespace,

@@ -6,7 +6,11 @@ import base64
 
 import pytest
 from ansible.errors import AnsibleFilterError
-from rayplane_kube import apply_summary, namespace_objects, secret_objects
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_kube import (
+    apply_summary,
+    namespace_objects,
+    secret_objects,
+)
 
 
 def test_namespaces() -> None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from rayplane_serve import (
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_serve import (
     FilterModule,
     rayservice_alignment,
     rayservice_objects,
@@ -21,6 +19,8 @@ from rayplane_serve import (
     rayservice_worker_groups,
     smoke_questions,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 PROJECT = Path(__file__).resolve().parents[2]
 

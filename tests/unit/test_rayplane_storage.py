@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
-from ansible.module_utils.kube_api import ApiError, Resource
-from ansible.module_utils.kube_apply import ApplyError, ApplySet
-from botocore.session import get_session
-from botocore.validate import ParamValidator
-from hypothesis import given
-from hypothesis import strategies as st
-from rayplane_storage import (
+from ansible_collections.rayplane.platform.plugins.filter.rayplane_storage import (
     bucket_lifecycle_rules,
     storage_bucket_set,
     storage_class_objects,
     storage_replication_role,
 )
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import ApiError, Resource
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import ApplyError, ApplySet
+from botocore.session import get_session
+from botocore.validate import ParamValidator
+from hypothesis import given
+from hypothesis import strategies as st
 
 Json = dict[str, Any]
 

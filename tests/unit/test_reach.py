@@ -8,13 +8,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import eks_cluster
-import k8s_api_probe
 import pytest
-from ansible.module_utils import rayplane_preflight_access as access
-from ansible.module_utils import rayplane_reach as reach
-from ansible.module_utils.kube_api import ApiError, Connection, KubeError
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.kube import reach
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import ApiError, Connection, KubeError
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight import access
+from ansible_collections.rayplane.platform.plugins.modules import eks_cluster, k8s_api_probe
 from aws_fake import Clock, FakeClient
 from test_preflight_rules import found
 from test_preflight_surroundings import answering

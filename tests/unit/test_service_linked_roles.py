@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import aws_service_linked_roles
 import pytest
-from ansible.module_utils.rayplane_aws import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
+from ansible_collections.rayplane.platform.plugins.modules import aws_service_linked_roles
 from aws_fake import FakeClient, refusal
 
 SPOT = "spot.amazonaws.com"

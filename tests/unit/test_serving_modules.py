@@ -10,8 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kustomize_build import CLUSTER_SCOPED, fit, source_state
-from openai_smoke import AnswerError, WrongAnswerError, ask, forwarded, key_of, run, sane
+from ansible_collections.rayplane.platform.plugins.modules.kustomize_build import CLUSTER_SCOPED, fit, source_state
+from ansible_collections.rayplane.platform.plugins.modules.openai_smoke import (
+    AnswerError,
+    WrongAnswerError,
+    ask,
+    forwarded,
+    key_of,
+    run,
+    sane,
+)
 
 Json = dict[str, Any]
 
@@ -127,7 +135,7 @@ def test_a_request_that_the_engine_refuses_is_not_asked_until_the_deadline(monke
 
         def log_message(self, *_: Any) -> None: ...
 
-    monkeypatch.setattr("openai_smoke.time.sleep", lambda _: None)
+    monkeypatch.setattr("ansible_collections.rayplane.platform.plugins.modules.openai_smoke.time.sleep", lambda _: None)
     module: Any = SimpleNamespace(params={"request_timeout": 10, "models": [{"id": "m"}]})
     with HTTPServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -160,8 +168,10 @@ def test_the_key_is_given_or_in_a_file_or_in_a_secret(tmp_path: Path, monkeypatc
         def get(self, _: Any, namespace: str, name: str) -> Json | None:
             return {"data": {"key": "ZnJvbS1zZWNyZXQ="}} if (namespace, name) == ("n", "s") else None
 
-    monkeypatch.setattr("openai_smoke.Cluster", Cluster)
-    monkeypatch.setattr("openai_smoke.connection_from_environment", lambda: None)
+    monkeypatch.setattr("ansible_collections.rayplane.platform.plugins.modules.openai_smoke.Cluster", Cluster)
+    monkeypatch.setattr(
+        "ansible_collections.rayplane.platform.plugins.modules.openai_smoke.connection_from_environment", lambda: None
+    )
     asked: Json = {"api_key": "", "api_key_file": None, "api_key_secret": {"namespace": "n", "name": "s"}}
     assert key_of(asked) == "from-secret"
     assert key_of({**asked, "api_key_secret": {"namespace": "n", "name": "absent"}}) == ""

@@ -105,7 +105,7 @@ def test_roles_depend_on_no_role(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_facts_for_other_roles_are_known_to_preflight(role: str) -> None:
     """A fact with a role's prefix would otherwise be reported as a misspelt variable in a later play."""
-    from rayplane_preflight import FACTS
+    from ansible_collections.rayplane.platform.plugins.action.rayplane_preflight import FACTS
 
     facts: set[str] = set()
 

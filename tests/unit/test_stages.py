@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ansible_collections.rayplane.platform.plugins.callback.rayplane_stages import Stages, duration
 from conftest import PROJECT
 from hypothesis import given
 from hypothesis import strategies as st
-from rayplane_stages import Stages, duration
 
 
 class Clock:

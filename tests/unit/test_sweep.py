@@ -6,9 +6,9 @@ from typing import Any
 
 import botocore.session
 import pytest
-from ansible.module_utils import rayplane_sweep
-from ansible.module_utils.rayplane_aws import OWNER_TAG, Changes
-from ansible.module_utils.rayplane_sweep import Sweep
+from ansible_collections.rayplane.platform.plugins.module_utils.aws import sweep as rayplane_sweep
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import OWNER_TAG, Changes
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import Sweep
 from aws_fake import FakeClient
 
 EC2 = botocore.session.get_session().get_service_model("ec2")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
-SHARED = PROJECT / "plugins" / "plugin_utils" / "warm_module.py"
 
 # A kubectl whose objects tell in which process and with which environment the module ran it.
 KUBECTL = """#!/bin/sh
@@ -26,7 +26,7 @@ PLAY = """
   gather_facts: false
   environment: {RAYPLANE_TEST_WORD: "{{ word }}"}
   tasks:
-    - kustomize_build:
+    - rayplane.platform.kustomize_build:
         source: https://example.invalid/kustomization
         cache_dir: "{{ cache }}"
         kubectl: "{{ kubectl }}"
@@ -74,9 +74,11 @@ def other_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_module_has_its_action() -> None:
-    modules = {path.name for path in (PROJECT / "plugins" / "modules").glob("*.py")}
-    links = {path.name for path in (PROJECT / "plugins" / "action").iterdir() if path.resolve() == SHARED}
-    assert links == modules
+    modules = {path.stem for path in (PROJECT / "plugins" / "modules").glob("*.py")}
+    routing = yaml.safe_load((PROJECT / "meta/runtime.yml").read_text(encoding="utf-8"))["plugin_routing"]["action"]
+    assert routing.keys() == modules
+    for route in routing.values():
+        assert (PROJECT / f"plugins/action/{route['redirect'].removeprefix('rayplane.platform.')}.py").is_file()
 
 
 def test_a_module_runs_in_the_process_of_its_task(tmp_path: Path, other_python: str) -> None:

@@ -1,0 +1,9 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that talk to Kubernetes, run in the task's own process; the client is imported before."""
+
+from ansible_collections.rayplane.platform.plugins.plugin_utils.warm_module import ActionModule, preload
+
+__all__ = ["ActionModule"]
+
+preload("k8s_", "helm_", "kustomize_", "gateway_")

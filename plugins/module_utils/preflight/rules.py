@@ -1,0 +1,94 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""All rules over the declared variables of one cluster that no type can state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.access import administrators, api_access
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.engine import engines
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.exposure import exposure
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.gateway import gateway
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import images
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import gpu_memory, gpu_nodes
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.names import derived_names, kubernetes_names
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.nodes import (
+    accelerators,
+    autoscaler,
+    encryption,
+    node_tools,
+    storage,
+    volumes,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.placement import placement
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.platform import (
+    buckets,
+    network,
+    node_groups,
+    platform,
+    platform_names,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.serving import (
+    models,
+    operator,
+    rayservice,
+    secrets,
+    worker_groups,
+)
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import texts
+from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values
+
+__all__ = ["RULES", "check_declared", "required_tools"]
+
+#: Every rule, in the order of the report.
+RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
+    platform,
+    platform_names,
+    derived_names,
+    kubernetes_names,
+    buckets,
+    encryption,
+    network,
+    api_access,
+    administrators,
+    storage,
+    volumes,
+    node_groups,
+    autoscaler,
+    accelerators,
+    secrets,
+    operator,
+    rayservice,
+    worker_groups,
+    models,
+    engines,
+    gpu_nodes,
+    gpu_memory,
+    placement,
+    texts,
+    exposure,
+    gateway,
+    images,
+)
+
+
+def check_declared(values: Values) -> Iterator[Problem]:
+    """Every rule over one cluster's declared variables."""
+    for rule in RULES:
+        yield from rule(values)
+
+
+def required_tools(values: Values) -> dict[str, str]:
+    """Commands that this cluster's roles call on the controller, and what for."""
+    tools: dict[str, str] = {}
+    builder, prober = values.get("kuberay_kubectl"), values.get("verify_kubectl")
+    if isinstance(builder, str):
+        tools[builder] = "it builds KubeRay's kustomization"
+        source = values.get("kuberay_kustomize_source")
+        if isinstance(source, str) and source.startswith(("https://", "http://", "git@", "ssh://")):
+            tools["git"] = "kubectl fetches kuberay_kustomize_source with it"
+    if isinstance(prober, str) and not values.get("verify_base_url"):
+        tools.setdefault(prober, "it forwards a port to the models")
+    return {**tools, **node_tools(values)}
