@@ -21,34 +21,32 @@ import yaml
 BEGIN, END = "<!-- variables -->", "<!-- end of variables -->"
 LONGEST_DEFAULT = 80
 PROJECT = Path(__file__).resolve().parents[1]
-#: The role that checks the variables which belong to no role describes them, too.
-SHARED = ("preflight", "__preflight_shared_options")
 
 
-def table(options: Mapping[str, Any], source: str = "defaults/main.yml") -> str:
-    """A Markdown table of a spec's options, nested ones below their parent; ``source`` is where long defaults stand."""
+def table(options: Mapping[str, Any]) -> str:
+    """A Markdown table of a spec's options, nested ones below their parent."""
     rows = ["| Variable | Type | Default | Description |", "| --- | --- | --- | --- |"]
-    rows += [f"| {' | '.join(cells)} |" for cells in _rows(options, "", source)]
+    rows += [f"| {' | '.join(cells)} |" for cells in _rows(options, "")]
     return "\n".join(rows)
 
 
-def _rows(options: Mapping[str, Any], prefix: str, source: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(options: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, option in options.items():
         kind = str(option.get("type", "str"))
         elements = f" of {option['elements']}" if option.get("elements") else ""
-        yield f"`{prefix}{name}`", f"{kind}{elements}", _default(option, source), _description(option)
+        yield f"`{prefix}{name}`", f"{kind}{elements}", _default(option), _description(option)
         if nested := option.get("options"):
-            yield from _rows(nested, f"{prefix}{name}{'[]' if kind == 'list' else ''}.", source)
+            yield from _rows(nested, f"{prefix}{name}{'[]' if kind == 'list' else ''}.")
 
 
-def _default(option: Mapping[str, Any], source: str) -> str:
+def _default(option: Mapping[str, Any]) -> str:
     if option.get("required"):
         return "required"
     if option.get("default") is None:
         return ""
     value = option["default"]
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-    return f"`{_cell(text)}`" if len(text) <= LONGEST_DEFAULT else f"see `{source}`"
+    return f"`{_cell(text)}`" if len(text) <= LONGEST_DEFAULT else "see `defaults/main.yml`"
 
 
 def _description(option: Mapping[str, Any]) -> str:
@@ -63,10 +61,9 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
-def section(tables: Sequence[tuple[str, str]]) -> str:
-    """What stands between the markers, markers included: tables, each below its heading."""
-    parts = [f"{heading}\n\n{body}" if heading else body for heading, body in tables]
-    return f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
+def section(body: str) -> str:
+    """What stands between the markers, markers included."""
+    return f"{BEGIN}\n\n{body}\n\n{END}"
 
 
 def document(old: str, role: str, spec: Mapping[str, Any], body: str) -> str:
@@ -94,19 +91,11 @@ def readmes(project: Path) -> Iterator[tuple[Path, str]]:
     """Each role's README and what it has to hold."""
     for file in sorted((project / "roles").glob("*/meta/argument_specs.yml")):
         folder = file.parents[1]
-        spec = yaml.safe_load(file.read_text(encoding="utf-8"))["argument_specs"].get("main", {})
-        tables = [("", table(spec.get("options") or {}))]
-        if folder.name == SHARED[0]:
-            shared = yaml.safe_load((folder / "vars" / "main.yml").read_text(encoding="utf-8"))[SHARED[1]]
-            defaults = yaml.safe_load((project / "group_vars" / "shared.yml").read_text(encoding="utf-8"))
-            for name, option in shared.items():
-                option.update(
-                    {"default": defaults[name], "required": False} if name in defaults else {"required": True}
-                )
-            tables.append(("### Variables that belong to no role", table(shared, "group_vars/shared.yml")))
+        spec = next(iter(yaml.safe_load(file.read_text(encoding="utf-8"))["argument_specs"].values()))
+        body = table(spec.get("options") or {})
         readme = folder / "README.md"
         old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-        yield readme, document(old, folder.name, spec, section(tables))
+        yield readme, document(old, folder.name, spec, section(body))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,8 @@ It changes nothing, so it runs the same way in check mode.
 
 Arguments of the task:
 
-``scope``           ``declared`` (inventory, controller), ``live`` (credentials, kubeconfig, cluster), or ``all``
-``project``         the project's folder: roles/, group_vars/, pyproject.toml
-``shared_options``  argument spec of the variables that belong to no role (``platform_*``)
+``scope``    ``declared`` (inventory, controller), ``live`` (credentials, kubeconfig, cluster), or ``all``
+``project``  the project's folder: roles/, pyproject.toml
 
 Result: ``problem_count``, ``warning_count``; with -v or ``register`` also ``problems`` and ``preflight_warnings``,
 lists of ``{variable, value, reason, cure, where}``.
@@ -105,12 +104,11 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
             {
                 "scope": {"type": "str", "choices": SCOPES, "default": "all"},
                 "project": {"type": "path", "required": True},
-                "shared_options": {"type": "dict", "default": {}},
             }
         )
         host = str(variables["inventory_hostname"])
         project = Path(args["project"]).resolve()
-        cluster = _Cluster(self, variables, project, args["shared_options"])
+        cluster = _Cluster(self, variables, project)
 
         found: list[Problem] = []
         if args["scope"] in ("declared", "all"):
@@ -164,15 +162,12 @@ def _controller(project: Path, loader: Any) -> Iterator[Problem]:
 class _Cluster:
     """The variables of one host, its roles' defaults beneath them, and what their specs say."""
 
-    def __init__(
-        self, action: ActionModule, variables: Mapping[str, Any], project: Path, shared: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, action: ActionModule, variables: Mapping[str, Any], project: Path) -> None:
         self._variables = variables
         self._project = project
-        self._shared = shared
         self._roles: list[str] = []
         self._options: dict[str, dict[str, Any]] = {}
-        self._known: set[str] = {"platform", *shared, *FACTS}
+        self._known: set[str] = set(FACTS)
         defaults: dict[str, Any] = {}
         for folder in sorted((project / "roles").glob("*/")):
             options, names, values = _read_role(folder, action._loader)
@@ -181,8 +176,6 @@ class _Cluster:
             self._options[folder.name] = options
             self._known |= names
             defaults.update(values)
-        for file in sorted((project / "group_vars").glob("*.yml")):
-            self._known |= set(action._loader.load_from_file(str(file)) or {})
         # Another role's defaults are no variables of this play, and templates of the inventory may name them.
         self._raw: dict[str, Any] = {**defaults, **variables}
         if variables.get("platform") == "aws":
@@ -278,8 +271,7 @@ class _Cluster:
         return f"{short}:{origin.line_num}" if origin.line_num else str(short)
 
     def _applicable(self) -> Iterator[Mapping[str, Any]]:
-        """Specs of the roles that this cluster uses, and of the shared variables."""
-        yield self._shared
+        """Specs of the roles that this cluster uses."""
         platform, groups = self._values.get("platform"), self._variables.get("group_names", ())
         for role, options in self._options.items():
             if PLATFORM_ROLES.get(role, platform) == platform and (
@@ -304,7 +296,7 @@ def _named_in(message: str, names: Collection[str]) -> str:
 
 
 def _read_role(folder: Path, loader: Any) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
-    """Options of a role's main entry point, every name the role knows, and its defaults."""
+    """Options of a role's first entry point, every name the role knows, and its defaults."""
     spec_file, defaults_file = folder / "meta" / "argument_specs.yml", folder / "defaults" / "main.yml"
     specs: dict[str, Any] = {}
     if spec_file.is_file():
@@ -316,7 +308,7 @@ def _read_role(folder: Path, loader: Any) -> tuple[dict[str, Any], set[str], dic
         defaults = loader.load_from_file(str(defaults_file), trusted_as_template=True, unsafe=True) or {}
     entries = {entry: (spec or {}).get("options") or {} for entry, spec in specs.items()}
     names = set(defaults).union(*entries.values())
-    return dict(entries.get("main", {})), names, defaults
+    return dict(next(iter(entries.values()), {})), names, defaults
 
 
 def _plain(value: Any) -> Any:

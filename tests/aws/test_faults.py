@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from .account import Account
-from .conftest import ROOT, Playbook, Run
+from .conftest import Playbook, Run
 from .faults import Proxy, Rule
 
 RETRIED = ""
@@ -196,8 +196,7 @@ def runs(
         for rule in case.rules:
             rule.account, rule.hits = case.account.number, 0
             proxy.rules.append(rule)
-    (folder / "group_vars" / "all").mkdir(parents=True)
-    (folder / "group_vars" / "all" / "00_shared.yml").symlink_to(ROOT / "group_vars" / "shared.yml")
+    folder.mkdir(exist_ok=True)
     inventory = {
         "clusters": {
             "hosts": hosts,
@@ -220,6 +219,7 @@ def runs(
         "gather_facts": False,
         "strategy": "free",
         "environment": "{{ platform_module_environment | combine(case_environment) }}",
+        "roles": ["platform"],
         "tasks": tasks,
     }
     (folder / "play.yml").write_text(yaml.safe_dump([play]))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from .account import Account
-from .conftest import ROOT, Playbook, finish, start
+from .conftest import Playbook, finish, start
 from .faults import Proxy, Rule
 
 ROLES = ["encryption", "network", "storage", "eks"]
@@ -36,14 +36,12 @@ CUTS: list[tuple[str, str, str, signal.Signals]] = [
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a playbook of the cloud's roles and the variables of a small cluster with everything on."""
     folder = tmp_path_factory.mktemp("interrupted")
-    (folder / "group_vars" / "all").mkdir(parents=True)
-    (folder / "group_vars" / "all" / "00_shared.yml").symlink_to(ROOT / "group_vars" / "shared.yml")
     play = {
         "name": "Build the cloud",
         "hosts": "clusters",
         "gather_facts": False,
         "environment": "{{ platform_module_environment }}",
-        "roles": ROLES,
+        "roles": ["platform", *ROLES],
     }
     (folder / "play.yml").write_text(yaml.safe_dump([play]))
     return folder

@@ -28,6 +28,7 @@ PLAYBOOK = f"""
   hosts: clusters
   gather_facts: false
   environment: "{{{{ platform_module_environment }}}}"
+  roles: [platform]
   tasks:
     - name: Run the role
       ansible.builtin.include_role:

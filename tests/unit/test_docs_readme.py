@@ -70,11 +70,8 @@ def test_variables_exist(document: Path) -> None:
             "argument_specs"
         ].values():
             known |= set(entry.get("options") or {})
-    known |= set(
-        yaml.safe_load(read(PROJECT / "roles" / "preflight" / "vars" / "main.yml"))["__preflight_shared_options"]
-    )
     known |= set(FACTS)
-    words = rf"(?<![\w/.-])((?:{'|'.join([*roles, 'platform'])})_[a-z0-9_]*[a-z0-9])(?![\w/*]|\.\w)"
+    words = rf"(?<![\w/.-])((?:{'|'.join(roles)})_[a-z0-9_]*[a-z0-9])(?![\w/*]|\.\w)"
     named = {name for piece in code(read(document)) for name in re.findall(words, piece)}
     assert sorted(named - known - set(roles)) == []
 

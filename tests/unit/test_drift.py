@@ -224,7 +224,8 @@ def test_reasons() -> None:
 
 def _roles(play: dict[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     """Role, entry file and tags of every stage of a play."""
-    stages = [(role["role"], "main", tuple(role.get("tags", []))) for role in play.get("roles", [])]
+    roles = [role for role in play.get("roles", []) if role != "platform"]
+    stages = [(role["role"], "main", tuple(role.get("tags", []))) for role in roles]
     for task in play.get("tasks", []):
         for module in ("ansible.builtin.import_role", "ansible.builtin.include_role"):
             if module in task:

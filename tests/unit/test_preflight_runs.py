@@ -74,7 +74,6 @@ def _validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[
         monkeypatch.delenv(name, raising=False)
     group_vars = tmp_path / "inventory" / "group_vars" / "all"
     group_vars.mkdir(parents=True)
-    (group_vars / "00_shared.yml").symlink_to(PROJECT / "group_vars" / "shared.yml")
     (tmp_path / "inventory" / "hosts").write_text(HOSTS, encoding="utf-8")
 
     def run(variables: str, *arguments: str) -> Run:

@@ -23,7 +23,6 @@ LONGEST_TABLE_OF_CONTENTS = 8
 YAML_FOLDERS = (
     ".config",
     "collections",
-    "group_vars",
     "inventories",
     "molecule",
     "playbooks",
@@ -40,11 +39,15 @@ def load(*parts: str) -> Any:
 
 
 def options_of(role: str) -> dict[str, Any]:
-    """Options of the role's main entry point."""
-    spec: dict[str, Any] = (
-        load("roles", role, "meta", "argument_specs.yml")["argument_specs"]["main"].get("options") or {}
-    )
-    return spec
+    """Options of the role's first entry point."""
+    options: dict[str, Any] = entry_point(role).get("options") or {}
+    return options
+
+
+def entry_point(role: str) -> dict[str, Any]:
+    """The role's first entry point: `main`, but for the role that has variables alone."""
+    entry: dict[str, Any] = next(iter(load("roles", role, "meta", "argument_specs.yml")["argument_specs"].values()))
+    return entry
 
 
 def run_ansible(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +77,7 @@ def test_defaults_and_specs_agree(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_variables_carry_the_roles_name(role: str) -> None:
     internals = load("roles", role, "vars", "main.yml")
-    assert [name for name in options_of(role) if not name.startswith(f"{role}_")] == []
+    assert [name for name in options_of(role) if not name.startswith(f"{role}_") and name != "platform"] == []
     assert [name for name in internals if not name.startswith(f"__{role}_")] == []
 
 
@@ -87,10 +90,11 @@ def test_every_option_is_described(role: str) -> None:
             check(option.get("options") or {}, f"{path}{name}.")
 
     check(options_of(role), "")
-    assert load("roles", role, "meta", "argument_specs.yml")["argument_specs"]["main"]["short_description"]
+    assert entry_point(role)["short_description"]
 
 
-@pytest.mark.parametrize("role", ROLES)
+# The role platform has variables alone.
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "platform"])
 def test_tasks_main_is_a_table_of_contents(role: str) -> None:
     tasks = load("roles", role, "tasks", "main.yml")
     assert tasks, f"roles/{role}/tasks/main.yml is missing"
@@ -119,15 +123,6 @@ def test_facts_for_other_roles_are_known_to_preflight(role: str) -> None:
         collect(yaml.safe_load(file.read_text(encoding="utf-8")))
     known = set(FACTS) | set(options_of(role))
     assert [name for name in sorted(facts) if name.startswith(f"{role}_") and name not in known] == []
-
-
-# --- shared variables ------------------------------------------------------------------------------------------------
-
-
-def test_shared_variables_are_described() -> None:
-    described = load("roles", "preflight", "vars", "main.yml")["__preflight_shared_options"]
-    shared = {name for name in load("group_vars", "shared.yml") if not name.startswith("ansible_")}
-    assert shared | {"platform"} == set(described)
 
 
 # --- READMEs ---------------------------------------------------------------------------------------------------------
@@ -184,7 +179,7 @@ def test_only_the_marked_section_is_touched(tmp_path: Path) -> None:
 
 def yaml_files() -> list[Path]:
     found = [path for folder in YAML_FOLDERS for path in (PROJECT / folder).rglob("*.yml")]
-    found += [PROJECT / "inventories" / name / "hosts" for name in INVENTORIES]
+    found += PROJECT.glob("inventories/*/hosts")
     return sorted(path for path in found if "tools/go" not in str(path))
 
 
@@ -217,23 +212,34 @@ def inventory(name: str) -> dict[str, Any]:
     return listed
 
 
-@pytest.mark.parametrize("name", [name for name in INVENTORIES if name != "fleet"])
-def test_inventories_link_the_shared_variables(name: str) -> None:
-    link = PROJECT / "inventories" / name / "group_vars" / "all" / "00_shared.yml"
-    assert link.is_symlink()
-    assert link.resolve() == PROJECT / "group_vars" / "shared.yml"
-    assert not link.readlink().is_absolute()
-
-
 def test_the_fleet_takes_each_environment_from_its_own_inventory() -> None:
-    links = list((PROJECT / "inventories" / "fleet" / "host_vars").iterdir())
-    assert {link.name.rpartition("-")[2] for link in links} == set(INVENTORIES) - {"existing", "fleet", "local"}
-    for link in links:
-        assert not link.readlink().is_absolute()
-        environment = link.name.rpartition("-")[2]
-        assert link.resolve() == PROJECT / "inventories" / environment / "group_vars" / "all"
-        alone = inventory(environment)["_meta"]["hostvars"]
-        assert alone[link.name] == inventory("fleet")["_meta"]["hostvars"][link.name]
+    fleet = inventory("fleet")["_meta"]["hostvars"]
+    alone = [inventory(name)["_meta"]["hostvars"] for name in ("dev", "staging", "prod")]
+    assert fleet == {host: variables for one in alone for host, variables in one.items()}
+
+
+@pytest.mark.parametrize(
+    ("environments", "message"),
+    [
+        ("[one, absent]", "environments names absent, and there is no "),
+        ("[one, two]", "one and two both have a host same; rename one of them"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(tmp_path: Path, environments: str, message: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hosts").write_text("clusters: {hosts: {same: {}}}\n", encoding="utf-8")
+    file = tmp_path / "environments.yml"
+    file.write_text(f"plugin: rayplane.platform.environments\nenvironments: {environments}\n", encoding="utf-8")
+    result = run_ansible("ansible-inventory", "-i", str(file), "--list")
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())
+
+
+def test_nothing_is_a_link() -> None:
+    """An archive may lose links, as AWX's projects of that kind do."""
+    tracked = subprocess.run(["git", "ls-files", "-s"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert [line for line in tracked.splitlines() if line.startswith("120000")] == []
 
 
 @pytest.mark.parametrize("name", INVENTORIES)

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, nearest
 
 __all__ = [
@@ -55,7 +58,7 @@ def check_unknown(
     removed: Mapping[str, tuple[str, str]] = REMOVED_VARIABLES,
 ) -> Iterator[Problem]:
     """Report every name that carries a role's prefix, or nearly a known name, and that no role knows."""
-    prefixes = (*(f"{role}_" for role in sorted(roles)), "platform_")
+    prefixes = tuple(f"{role}_" for role in sorted(roles))
     for name in sorted(names):
         if name in known or name.startswith(("_", "ansible_", "molecule_")) or name in _MAGIC:
             continue
@@ -66,10 +69,11 @@ def check_unknown(
             yield Problem(name, value, f"the variable was dropped in release {release}", cure)
         elif name.startswith(prefixes):
             role = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len).rstrip("_")
-            owner = "the shared platform variables" if role == "platform" else f"the role {role}"
             guess = _nearest_variable(name, role, known)
-            cure = f"did you mean {guess}?" if guess else f"delete it, or see the variables of {owner}"
-            yield Problem(name, value, f"no such variable: names that start with {role}_ belong to {owner}", cure)
+            cure = f"did you mean {guess}?" if guess else f"delete it, or see the variables of the role {role}"
+            yield Problem(
+                name, value, f"no such variable: names that start with {role}_ belong to the role {role}", cure
+            )
         elif guess := nearest(name, known, misspelt_likeness):
             yield Problem(
                 name,
@@ -189,6 +193,12 @@ def from_text(text: str, kind: str) -> str:
         return "true"
     if kind == "bool" and word.lower() in ("false", "no", "off", "0", "n", "f"):
         return "false"
+    if kind in ("list", "dict"):
+        with contextlib.suppress(yaml.YAMLError):
+            read = yaml.safe_load(word)
+            if isinstance(read, {"list": list, "dict": dict}[kind]):
+                return json.dumps(read, default=str)
+        return json.dumps([part.strip() for part in word.split(",")]) if kind == "list" and word else ""
     try:
         return str(int(word)) if kind == "int" else word if kind == "float" and float(word) >= 0 else ""
     except ValueError:
