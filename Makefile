@@ -34,7 +34,7 @@ verify: bootstrap ## Ask the deployed models and print how to reach them
 	@ansible-playbook playbooks/verify.yml -i $(INVENTORY) $(ARGS)
 
 drift: bootstrap ## Report what differs from what is declared
-	@ansible-playbook playbooks/drift.yml -i $(INVENTORY) $(ARGS)
+	@ansible-playbook playbooks/deploy.yml -i $(INVENTORY) --check --diff -e '{"drift_report": true}' $(ARGS)
 
 cost: bootstrap ## Show what the clusters cost a month
 	@ansible-playbook playbooks/cost.yml -i $(INVENTORY) $(ARGS)

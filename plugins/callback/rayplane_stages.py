@@ -20,6 +20,7 @@ description:
   - A stage is a role, or a play where a task belongs to none. Its time runs from the start of its tasks to the start
     of what follows.
   - Adds its table below the recap and touches nothing else of the output.
+  - Where a role sets the custom statistic C(exit_code), the run ends with it.
 author: rayplane contributors
 """
 
@@ -138,14 +139,16 @@ class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
         """The run ended: show the table, unless the output is for a machine."""
-        if constants.DEFAULT_STDOUT_CALLBACK.rpartition(".")[2] in ("json", "jsonl"):
-            return
-        self._display.banner("STAGES")
-        for line in self._stages.table({**stats.failures, **stats.dark}):
-            self._display.display(line)
-        self._display.display("")
+        if constants.DEFAULT_STDOUT_CALLBACK.rpartition(".")[2] not in ("json", "jsonl"):
+            self._display.banner("STAGES")
+            for line in self._stages.table({**stats.failures, **stats.dark}):
+                self._display.display(line)
+            self._display.display("")
+        code = stats.custom.get("_run", {}).get("exit_code")
+        if code is not None:
+            raise SystemExit(int(code))
 
     def _stage(self, task: Any) -> str:
         role = getattr(task, "_role", None)
-        name: str = role.get_name() if role else self._play
+        name: str = role.get_name() if role else task.get_vars().get("stage_role", self._play)
         return name

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from .account import Account
-from .conftest import CLOUD, HOSTS, INVENTORY, OPERATORS, Fleet, Playbook, Run
+from .conftest import CLOUD, HOSTS, OPERATORS, Fleet, Playbook, Run
 
 PROD = "ray-llm-prod"
 NAME = "ray-llm-cluster-prod"
 ANYWHERE = "0.0.0.0/0"
 INTRUDER = "arn:aws:iam::111122223333:role/intruder"
 ADMIN = "arn:aws:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy"
-STAGES = ("--tags", "encryption,network,storage,eks")
 
 Change = Callable[[Account], None]
 #: What is done by hand, and what is to be said of it: resource and property (none: the resource itself is gone).
@@ -259,8 +258,8 @@ def drifted(fleet: Fleet) -> Iterator[Fleet]:
 def test_drift_is_reported_and_repaired(drifted: Fleet, playbook: Playbook, tmp_path: Path) -> None:
     assert len(CHANGES) >= 20
     variables = {**drifted.variables, "eks_node_image_patches": "update"}
-    report_to = {"drift_dir": str(tmp_path)}
-    found = playbook("playbooks/drift.yml", *INVENTORY, *STAGES, variables={**variables, **report_to})
+    report_to = {"drift_report": True, "drift_dir": str(tmp_path)}
+    found = playbook(*CLOUD, "--check", variables={**variables, **report_to})
     assert found.returncode == 2, found.text[-3000:]
     report = _report(found, tmp_path)
     # The report goes into documents, the actions name them.

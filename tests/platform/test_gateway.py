@@ -214,14 +214,13 @@ def test_the_audit_log_verifies(deployed: Path, run: Runner, kubectl: Kubectl, t
     assert "revoke" in records and KEY.search(records) is None and "capital of France" not in records
 
 
-def test_rerun_plan_and_drift_find_nothing(deployed: Path, make: Runner, run: Runner, tmp_path: Path) -> None:
+def test_rerun_plan_and_drift_find_nothing(deployed: Path, make: Runner, tmp_path: Path) -> None:
     """After all that was repaired, killed, given out and taken back."""
     again = make("deploy").expect_success()
     assert again.changed_tasks() == [] and again.changed == 0
     plan = make("plan").expect_success()
     assert plan.changed_tasks() == [] and KEY.search(plan.output) is None
-    report = run("ansible-playbook", "playbooks/drift.yml", "-i", "inventories/local", "-e", f"drift_dir={tmp_path}")
-    report.expect_success()
+    make("drift", f"-e drift_dir={tmp_path}").expect_success()
     assert json.loads((tmp_path / "drift.json").read_text())["status"] == "clean"
 
 

@@ -392,17 +392,6 @@ def test_without_a_tool_it_says_so_before_anything_is_built(
             keep(given | {"tool": "auto"}, Shop(tools), check)
 
 
-def test_every_tag_that_leads_to_the_images_builds_some() -> None:
-    """Also in the two steps of a private endpoint, `--tags cloud` and `--tags cluster`."""
-    plays = yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text())
-    [play] = [one for one in plays if [role["role"] for role in one.get("roles", [])] == ["images"]]
-    builds = [task["when"][1] for task in yaml.safe_load((PROJECT / "roles/images/tasks/main.yml").read_text())]
-    for tag in play["tags"]:
-        assert all(f"'{tag}'" in condition for condition in builds)
-    for tag in play["roles"][0]["tags"]:
-        assert any(f"'{tag}'" in condition for condition in builds)
-
-
 @pytest.mark.parametrize(
     ("role", "variables", "refused"),
     [

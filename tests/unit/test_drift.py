@@ -1,24 +1,29 @@
-"""drift.yml: every difference by name and property, no secret, no guess, nothing changed, and the right exit code."""
+"""Drift: every difference by name and property, no secret, no guess, nothing changed, and the right exit code."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.callback.rayplane_drift import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import (
     HIDDEN,
+    Gap,
     Report,
+    Row,
     differences,
     entries,
     is_secret,
     reason_of,
+    rows_of,
     without_secrets,
 )
 from conftest import PROJECT
@@ -112,9 +117,11 @@ def test_a_change_without_any_detail_bears_the_task() -> None:
 
 def test_what_others_added_is_drift_that_nobody_would_change() -> None:
     report = Report()
-    report.seen("one", "network")
     added = {"resource": "route table private", "property": "route 10.9.0.0/16", "value": "tgw-1"}
-    report.foreign("one", "network", {"changed": False, "foreign": [added]})
+    registered = {"__network_result": {"changed": False, "foreign": [added]}}
+    report.add("one", "network", rows_of("one", "network", registered))
+    # A stage that looks the network up does not compare it.
+    assert rows_of("one", "eks", registered) == []
     (row,) = report.rows
     assert (row.action, row.change(60)) == ("foreign", "tgw-1 -> not declared, left alone")
     assert report.exit_code == 2
@@ -145,9 +152,8 @@ def test_secrets_are_hidden() -> None:
     report = Report()
     before = DEPLOYMENT.format(replicas=1, image="r", token="t-old")
     after = DEPLOYMENT.format(replicas=1, image="r", token="t-new")
-    report.seen("c", "rayservice")
-    report.changed("c", "rayservice", "task", kubernetes(before, after))
-    report.changed("c", "rayservice", "task", kubernetes("", after))
+    registered = {"__rayservice_a": kubernetes(before, after), "__rayservice_b": kubernetes("", after)}
+    report.add("c", "rayservice", rows_of("c", "rayservice", registered))
     text = report.as_json("now") + report.as_markdown("now") + "\n".join(report.table(200))
     assert "t-old" not in text and "t-new" not in text
     assert [(row.property, row.action) for row in report.rows] == [
@@ -157,25 +163,26 @@ def test_secrets_are_hidden() -> None:
     assert without_secrets({"password": "p", "name": "n"}) == {"password": HIDDEN, "name": "n"}
 
 
-def test_a_hidden_result_is_named_by_what_its_role_says() -> None:
-    report = Report()
-    report.seen("c", "secrets")
-    report.changed("c", "secrets", "Apply the Secrets", {"changed": True, "censored": "hidden"})
-    assert report.rows[0].resource == "Apply the Secrets"
-    report.said("c", "secrets", ["updated: Secret rayplane/hf-token"])
-    report.said("c", "secrets", ["something else"])
-    assert report.rows[0].resource == "updated: Secret rayplane/hf-token"
-    assert report.rows[0].property == HIDDEN
+def test_a_result_counts_once_and_for_the_stage_that_made_it() -> None:
+    made = {"changed": True, "actions": ["create a"]}
+    registered = {"__images_result": made, "__images_gateway_result": made, "__images_failed": {**made, "failed": True}}
+    rows = rows_of("c", "images", registered)
+    assert rows == [Row("c", "images", "a", "", "create", None, None)]
+    # What a stage has another role do is its own.
+    registered["__network_flow_logs_result"] = {"changed": True, "actions": ["create b"]}
+    assert [row.resource for row in rows_of("c", "storage", registered, rows)] == ["b"]
 
 
 def test_status_and_exit_code() -> None:
     report = Report()
     assert (report.status, report.exit_code) == ("incomplete", 1)
-    report.seen("a", "network")
+    report.add("a", "account", [])
+    assert (report.status, report.exit_code) == ("incomplete", 1)
+    report.add("a", "network", [])
     assert (report.status, report.exit_code) == ("clean", 0)
-    report.changed("a", "network", "task", AWS)
+    report.add("a", "network", rows_of("a", "network", {"__network_result": AWS}))
     assert (report.status, report.exit_code) == ("drift", 2)
-    report.failed("b", "eks", "task", "AccessDenied")
+    report.add("b", "eks", [], Gap("b", "eks", "task", "AccessDenied"))
     assert (report.status, report.exit_code) == ("incomplete", 1)
     content = json.loads(report.as_json("now"))
     assert content["clusters"]["a"]["stages"] == {"network": "drift"}
@@ -195,19 +202,10 @@ def test_status_and_exit_code() -> None:
     }
 
 
-def test_what_comes_after_a_failure_in_a_stage_is_no_finding() -> None:
-    report = Report()
-    report.changed("a", "eks", "first", {"changed": True, "actions": ["create a"]})
-    report.failed("a", "eks", "second", "AccessDenied")
-    report.changed("a", "eks", "third", {"changed": True, "actions": ["create b"]})
-    report.changed("b", "eks", "third", {"changed": True, "actions": ["create b"]})
-    assert [(row.cluster, row.resource) for row in report.rows] == [("a", "a"), ("b", "b")]
-
-
 def test_markdown_survives_pipes_and_lines() -> None:
     report = Report()
-    report.seen("a", "network")
-    report.changed("a", "network", "t", kubernetes("x: 'a | b'\n", "x: |\n  c\n  d\n", "ConfigMap a/b"))
+    changed = kubernetes("x: 'a | b'\n", "x: |\n  c\n  d\n", "ConfigMap a/b")
+    report.add("a", "network", rows_of("a", "network", {"__network_result": changed}))
     assert "| network | ConfigMap a/b | x | a \\| b -> c d |" in report.as_markdown("now")
 
 
@@ -222,89 +220,90 @@ def test_reasons() -> None:
 # The stages
 
 
-def _roles(play: dict[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Role, entry file and tags of every stage of a play."""
-    roles = [role for role in play.get("roles", []) if role != "platform"]
-    stages = [(role["role"], "main", tuple(role.get("tags", []))) for role in roles]
-    for task in play.get("tasks", []):
-        for module in ("ansible.builtin.import_role", "ansible.builtin.include_role"):
-            if module in task:
-                arguments = task[module]
-                stages.append((arguments["name"], arguments.get("tasks_from", "main"), tuple(task.get("tags", []))))
-        if "ansible.builtin.include_tasks" in task:
-            loop = play["vars"]["__drift_stages"] if isinstance(task["loop"], str) else task["loop"]
-            stages += [(stage["role"], stage["part"], tuple(stage["tags"])) for stage in loop]
-    return stages
-
-
-def _stages(name: str) -> list[tuple[str, tuple[str, str, tuple[str, ...]]]]:
-    found: list[tuple[str, tuple[str, str, tuple[str, ...]]]] = []
+def _plays(name: str = "deploy.yml") -> Iterator[dict[str, Any]]:
+    """The plays of a playbook, and of those that it imports."""
     for play in yaml.safe_load((PROJECT / "playbooks" / name).read_text(encoding="utf-8")):
         if imported := play.get("ansible.builtin.import_playbook"):
-            found += _stages(imported)
-            continue
-        for role, part, tags in _roles(play):
-            # A plan leaves out clusters that cannot be asked; a report says so of them.
-            hosts = play["hosts"].replace("platform_ready", "clusters")
-            of_play = play.get("vars", {}).get("__drift_group", play.get("tags", []))
-            all_tags = dict.fromkeys([*tags, *(tag for tag in of_play if tag != "always")])
-            found.append((hosts, (role, part, tuple(all_tags))))
-    return found
+            yield from _plays(imported)
+        else:
+            yield play
 
 
-def test_drift_compares_every_stage_of_deploy() -> None:
-    # Preflight is said to be of no stage; verify asks models and has nothing to compare.
-    skipped = ("preflight", "verify")
-    deploy = [
-        stage
-        for stage in _stages("deploy.yml")
-        if stage[1][0] not in skipped and stage[1][:2] != ("local_platform", "ask")
-    ]
-    drift = [stage for stage in _stages("drift.yml") if stage[1][0] not in skipped]
-    assert drift == deploy
+def _stages() -> Iterator[tuple[str, str, set[str]]]:
+    """Role, entry file and tags of every stage of a deployment."""
+    for play in _plays():
+        for task in play.get("tasks", []):
+            if task.get("ansible.builtin.import_tasks") == "tasks/stage.yml":
+                part = task["vars"].get("stage_part", "main")
+                tags = {*task.get("tags", []), *play.get("tags", [])}
+                yield task["vars"]["stage_role"], part, tags
 
 
-@pytest.mark.parametrize("playbook", ["deploy.yml", "drift.yml"])
-def test_what_encrypts_with_the_clusters_key_has_it_looked_up(playbook: str) -> None:
+# Verify asks the models, and has nothing to compare.
+def test_every_role_of_a_deployment_is_a_stage() -> None:
+    """Another would neither be compared, nor keep a failure to itself."""
+    roles = {role if isinstance(role, str) else role["role"] for play in _plays() for role in play.get("roles", [])}
+    assert roles == {"platform", "preflight", "verify"}
+
+
+def _tasks(entries: Any) -> Iterator[dict[str, Any]]:
+    for task in entries or ():
+        yield task
+        for section in ("block", "rescue", "always"):
+            yield from _tasks(task.get(section))
+
+
+def test_no_result_of_a_stage_is_lost() -> None:
+    """The report tells of what is registered; what is hidden from the screen hides its secrets by itself, too."""
+    silent = ("k8s_api_probe", "k8s_kept_secrets", "show_once", "rayplane_preflight", "gateway_admin", "openai_smoke")
+    ends = ("destroy", "down", "keys", "traffic", "remove_nodes")
+    unheard, secret = [], set()
+    for role in {role for role, _, _ in _stages()}:
+        for file in sorted((PROJECT / "roles" / role / "tasks").glob("*.yml")):
+            for task in _tasks(yaml.safe_load(file.read_text(encoding="utf-8"))):
+                module = next((key.rpartition(".")[2] for key in task if key.startswith("rayplane.platform.")), "")
+                if not module or file.stem.startswith(ends):
+                    continue
+                if task.get("no_log"):
+                    secret.add(module)
+                register = task.get("register", "")
+                if module not in silent and task.get("changed_when") is not False and not register.startswith("__"):
+                    unheard.append(f"{role}/{file.name}: {task['name']}")
+    assert unheard == []
+    assert secret <= {"k8s_apply_set", "k8s_kept_secrets", "show_once"}
+
+
+def test_what_encrypts_with_the_clusters_key_has_it_looked_up() -> None:
     """A role run alone by its tag would otherwise see no key, and take it from what it keeps."""
-    stages = [stage for _, stage in _stages(playbook)]
     key_tags = set(yaml.safe_load((PROJECT / "roles/encryption/vars/main.yml").read_text())["__encryption_tags"])
     lacking = {}
-    for role, part, tags in stages:
-        # Preflight describes the variable, and what builds images only pushes them: neither encrypts anything.
-        if role == "preflight" or (role, part) == ("images", "main"):
+    for role, part, tags in _stages():
+        # What builds images only pushes them: it encrypts nothing.
+        if (role, part) == ("images", "main"):
             continue
         files = [
             path for kind in ("tasks", "vars", "defaults") for path in (PROJECT / "roles" / role / kind).rglob("*.yml")
         ]
         if any("platform_kms_key_arn" in path.read_text(encoding="utf-8") for path in files):
-            lacking |= {(role, part): set(tags) - key_tags - {"always"}}
+            lacking |= {(role, part): tags - key_tags - {"always"}}
     assert lacking.keys() >= {("network", "main"), ("storage_class", "main"), ("autoscaler", "main")}
     assert {stage: tags for stage, tags in lacking.items() if tags} == {}
 
 
-@pytest.mark.parametrize("playbook", ["deploy.yml", "drift.yml"])
-def test_no_tag_leaves_out_what_all_stages_look_up(playbook: str) -> None:
+def test_no_tag_leaves_out_what_all_stages_look_up() -> None:
     """A role or play with further tags would be left out by `--skip-tags` with any of them."""
-    tags = {role: tags for _, (role, _, tags) in _stages(playbook) if role in ("account", "encryption")}
-    assert tags == dict.fromkeys(("account", "encryption"), ("always",))
+    tags = {role: tags for role, _, tags in _stages() if role in ("account", "encryption")}
+    assert tags == {"account": {"always"}, "encryption": {"always"}}
 
 
 def test_every_tag_that_chooses_the_images_has_them_made() -> None:
     """The role looks at the tags itself, so that one stage's tag builds no image of another."""
-    (play,) = [one for one in yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text(encoding="utf-8"))
-               if {"images"} == {role["role"] for role in one.get("roles", [])}]  # fmt: skip
+    (tags,) = [tags for role, part, tags in _stages() if (role, part) == ("images", "main")]
     tasks = yaml.safe_load((PROJECT / "roles/images/tasks/main.yml").read_text(encoding="utf-8"))
     for name, own in (("gateway.yml", "gateway"), ("ray.yml", "rayservice")):
         (task,) = [one for one in tasks if one["ansible.builtin.include_tasks"] == name]
         made = {word for condition in task["when"] for word in re.findall(r"'(\w+)'", condition)}
-        assert made == {"all", "tagged", *play["tags"], "images", own}
-
-
-def test_every_play_of_drift_is_in_check_mode() -> None:
-    for play in yaml.safe_load((PROJECT / "playbooks/drift.yml").read_text(encoding="utf-8")):
-        assert play["check_mode"] is True, play["name"]
-        assert play["tags"] == ["always"], play["name"]
+        assert made == {"all", "tagged", *tags} - {"gateway", "rayservice"} | {own}
 
 
 # The real playbook, over roles that need no cloud
@@ -324,12 +323,13 @@ WRITE = """
     content: "wanted: {{ inventory_hostname }}"
     dest: "{{ lookup('ansible.builtin.env', 'DRIFT_TEST') }}/{{ inventory_hostname }}"
     mode: "0600"
+  register: __test_written
 """
-STAGES = ("preflight", "local_platform", *dict.fromkeys(stage[1][0] for stage in _stages("drift.yml")))
+STAGES = ("preflight", "verify", *dict.fromkeys(role for role, _, _ in _stages()))
 
 
 class Drift:
-    """Runs the real drift.yml over fake roles."""
+    """Runs the real deploy.yml over fake roles."""
 
     def __init__(self, folder: Path, hosts: str = CLOUD_HOSTS) -> None:
         self.folder = folder
@@ -338,12 +338,12 @@ class Drift:
         for stage in STAGES:
             for part in ("main", "cloud"):
                 self.role(stage, NOTHING, part)
+        for role in ("drift", "platform"):
+            (folder / "roles" / role).symlink_to(PROJECT / "roles" / role)
         self.environment = os.environ | {
             "ANSIBLE_ROLES_PATH": str(folder / "roles"),
             "DRIFT_TEST": str(folder / "made"),
             "ANSIBLE_FORCE_COLOR": "0",
-            # A person's own choice of callbacks must not take the report away.
-            "ANSIBLE_CALLBACKS_ENABLED": "ansible.posix.timer",
         }
 
     def role(self, name: str, tasks: str, part: str = "main") -> None:
@@ -354,8 +354,9 @@ class Drift:
     def command(self, *arguments: str) -> list[str]:
         return [
             str(Path(sys.executable).parent / "ansible-playbook"),
-            str(PROJECT / "playbooks/drift.yml"),
-            *("-i", str(self.folder / "hosts.yml"), "-e", f"drift_dir={self.folder / 'report'}"),
+            str(PROJECT / "playbooks/deploy.yml"),
+            *("-i", str(self.folder / "hosts.yml"), "--check"),
+            *("-e", json.dumps({"drift_report": True, "drift_dir": str(self.folder / "report")})),
             *arguments,
         ]
 
@@ -455,10 +456,12 @@ def test_failures_that_a_role_rescues_are_none(drift: Drift) -> None:
 @pytest.mark.parametrize("tags", ["kuberay,secrets", "cluster"])
 def test_an_api_server_that_does_not_answer_is_said_once(drift: Drift, tags: str) -> None:
     (drift.folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    code, output, report = drift.run("--limit", "one", "--tags", tags)
+    drift.role("kubeconfig", "- name: Ask\n  rayplane.platform.k8s_api_probe: {required: true}\n")
+    code, output, report = drift.run("--limit", "one", "--tags", f"kubeconfig,{tags}")
     assert code == 1, output
     (gap,) = report["clusters"]["one"]["not_compared"]
-    assert "does not answer" in gap["reason"] and "namespaces" in gap["reason"]
+    assert "does not answer" in gap["reason"] and "no stage in Kubernetes is compared" in gap["reason"]
+    assert "secrets" not in report["clusters"]["one"]["stages"]
 
 
 def test_a_run_without_any_stage_is_not_clean(drift: Drift) -> None:
@@ -488,7 +491,7 @@ def test_ansible_runner_gets_report_and_code(drift: Drift) -> None:
         "print(run.rc, 'playbook_on_stats' in events)\n"
     )
     _, playbook, *arguments = drift.command("--tags", "network")
-    command = [sys.executable, "-c", program, str(private), str(PROJECT), playbook, " ".join(arguments)]
+    command = [sys.executable, "-c", program, str(private), str(PROJECT), playbook, shlex.join(arguments)]
     environment = drift.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = subprocess.run(
         command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=280, check=False

@@ -239,7 +239,9 @@ def test_a_fleet_that_cannot_be_is_refused(tmp_path: Path, environments: str, me
 def test_nothing_is_a_link() -> None:
     """An archive may lose links, as AWX's projects of that kind do."""
     tracked = subprocess.run(["git", "ls-files", "-s"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    assert [line for line in tracked.splitlines() if line.startswith("120000")] == []
+    # Molecule runs in a checkout only.
+    links = [line.split("\t")[1] for line in tracked.splitlines() if line.startswith("120000")]
+    assert [path for path in links if not path.startswith("molecule/")] == []
 
 
 @pytest.mark.parametrize("name", INVENTORIES)

@@ -1,41 +1,25 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What playbooks/drift.yml ends with: a report of what differs from what is declared, and an exit code."""
+"""What a run in check mode found to differ from what is declared, stage by stage, and the report of it.
+
+The tasks of stages register their results (``__network_result``), so nothing that they say is lost. The modules hide
+what is secret in what they say; what looks like a secret is hidden here once more.
+"""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
-import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import yaml
-from ansible import constants
-from ansible.plugins.callback import CallbackBase
-
-DOCUMENTATION = r"""
-name: rayplane_drift
-type: aggregate
-short_description: Report of drift, as a table, as JSON and as Markdown
-description:
-  - Collects what the tasks of C(playbooks/drift.yml), all in check mode, would change, and what they say that others
-    added (C(foreign)). It does nothing in other playbooks.
-  - The folder of the report is the custom statistic C(drift_dir) of the run.
-  - Ends the run with exit code 0 (nothing differs), 2 (something differs) or 1 (something could not be compared).
-author: rayplane contributors
-"""
 
 CLEAN, NOT_COMPARED, DRIFT = 0, 1, 2
-#: Set while a report is made; drift.yml requires it, so that it never says "clean" without having looked.
-MARK = "RAYPLANE_DRIFT_REPORT"
 HIDDEN = "(hidden)"
+#: Stages that ask and compare nothing.
+ASKING = ("account",)
 
 _CELL = 60
 # Where such a word stands in a property's path, as a whole part of a name, its value is not for a report.
@@ -83,8 +67,13 @@ class Gap:
 
     cluster: str
     stage: str
+    #: Empty where none of its tasks ran.
     task: str
     reason: str
+
+    def where(self) -> str:
+        """Stage and task."""
+        return ", ".join(filter(None, (self.stage, self.task)))
 
 
 def shown(value: Any, length: int = _CELL) -> str:
@@ -198,53 +187,48 @@ def _diff_entries(diff: Mapping[str, Any], task: str) -> Iterator[tuple[str, str
         yield resource, path, "update", was, wanted
 
 
+def rows_of(cluster: str, stage: str, variables: Mapping[str, Any], noted: Iterable[Row] = ()) -> list[Row]:
+    """What the results among a host's variables say they would change, and what others added to the stage.
+
+    ``noted`` are the rows of the stages before, whose results are still there.
+    """
+    known = [replace(row, stage=stage) for row in noted]
+    rows: list[Row] = []
+    for name, result in variables.items():
+        if not name.startswith("__") or not isinstance(result, Mapping):
+            continue
+        said = []
+        if result.get("changed") is True and not result.get("failed"):
+            for resource, path, action, *values in entries(result, name.removeprefix("__")):
+                hidden = [HIDDEN, f"{HIDDEN}, another"] if path and is_secret(path) else map(without_secrets, values)
+                said.append(Row(cluster, stage, resource, path, action, *hidden))
+        # A stage that looks another up (the network's ids) does not compare it.
+        if name.startswith(f"__{stage}_"):
+            for one in result.get("foreign") or []:
+                value = without_secrets(one["value"])
+                said.append(Row(cluster, stage, one["resource"], one["property"], "foreign", value, None))
+        # A result may be kept under a second name.
+        rows += [row for row in said if row not in rows and row not in known]
+    return rows
+
+
 @dataclass
 class Report:
     """What was compared in one run, and what came of it."""
 
     rows: list[Row] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
-    #: Cluster -> stages of which at least one task ran, in order.
+    #: Cluster -> stage -> whether it was compared to its end, in order.
     compared: dict[str, dict[str, bool]] = field(default_factory=dict)
-    _hidden: dict[tuple[str, str], Row] = field(default_factory=dict)
 
-    def seen(self, cluster: str, stage: str) -> None:
-        """A task of a stage was compared."""
-        self.compared.setdefault(cluster, {}).setdefault(stage, True)
-
-    def changed(self, cluster: str, stage: str, task: str, result: Mapping[str, Any]) -> None:
-        """A task would change something. What comes after a gap in the same stage would guess, and is left out."""
-        if not self.compared.get(cluster, {}).get(stage, True):
-            return
-        if "censored" in result and "diff" not in result:
-            row = Row(cluster, stage, task, HIDDEN, "change", None, None)
-            self.rows.append(row)
-            self._hidden[cluster, stage] = row
-            return
-        for resource, path, action, *values in entries(result, task):
-            hidden = [HIDDEN, f"{HIDDEN}, another"] if path and is_secret(path) else map(without_secrets, values)
-            self.rows.append(Row(cluster, stage, resource, path, action, *hidden))
-
-    def foreign(self, cluster: str, stage: str, result: Mapping[str, Any]) -> None:
-        """A module found what others added; it would change nothing of it."""
-        if self.compared.get(cluster, {}).get(stage, True):
-            for one in result.get("foreign") or []:
-                self.rows.append(
-                    Row(
-                        cluster, stage, one["resource"], one["property"], "foreign", without_secrets(one["value"]), None
-                    )
-                )
-
-    def said(self, cluster: str, stage: str, message: Any) -> None:
-        """A task printed something: after a hidden change it is what the role itself tells about it."""
-        row = self._hidden.pop((cluster, stage), None)
-        if row is not None and message:
-            row.resource = "; ".join(map(str, message)) if isinstance(message, list) else str(message)
-
-    def failed(self, cluster: str, stage: str, task: str, reason: str) -> None:
-        """A task failed: its stage is not compared to the end."""
-        self.gaps.append(Gap(cluster, stage, task, reason))
-        self.compared.setdefault(cluster, {})[stage] = False
+    def add(self, cluster: str, stage: str, rows: Iterable[Row], gap: Gap | None = None) -> None:
+        """A stage was compared: to its end, or up to the gap."""
+        self.rows += [row for row in rows if row not in self.rows]
+        if gap is not None:
+            self.gaps.append(gap)
+        if gap is not None or stage not in ASKING:
+            stages = self.compared.setdefault(cluster, {})
+            stages[stage] = stages.get(stage, True) and gap is None
 
     @property
     def status(self) -> str:
@@ -302,7 +286,7 @@ class Report:
             gaps = [gap for gap in self.gaps if gap.cluster == cluster]
             if gaps:
                 lines += ["Not compared:", ""]
-                lines += [f"- {gap.stage}, {gap.task}: {' '.join(gap.reason.split())}" for gap in gaps]
+                lines += [f"- {gap.where()}: {' '.join(gap.reason.split())}" for gap in gaps]
                 lines.append("")
         return "\n".join(lines)
 
@@ -320,9 +304,7 @@ class Report:
                 fixed = [_fit(text, room) for text, room in zip(row[:4], widths, strict=True)]
                 lines.append(_fit("  ".join([*fixed, row[4]]), max(width, 120)).rstrip())
             lines.append("")
-        lines += [
-            f"not compared: {gap.cluster}: {gap.stage}, {gap.task}: {shown(gap.reason, 400)}" for gap in self.gaps
-        ]
+        lines += [f"not compared: {gap.cluster}: {gap.where()}: {shown(gap.reason, 400)}" for gap in self.gaps]
         return [*lines, self.sentence()]
 
     def sentence(self) -> str:
@@ -360,138 +342,3 @@ def reason_of(result: Mapping[str, Any]) -> str:
 def _failed_items(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     items: Sequence[Any] = result.get("results") or []
     return [one for one in items if isinstance(one, dict) and (one.get("failed") or one.get("unreachable"))]
-
-
-Handler = Callable[..., None]
-
-
-def _never_silent(handler: Handler) -> Handler:
-    """Ansible makes an error of a callback a warning: here it would be a difference that nobody sees."""
-
-    @functools.wraps(handler)
-    def call(self: Any, result: Any, *more: Any, **given: Any) -> None:
-        try:
-            handler(self, result, *more, **given)
-        except Exception as error:
-            gap = f"the report does not understand the result: {error!r}"
-            self._report.failed(result.host.get_name(), _stage(result.task) or self._play, result.task_name, gap)
-
-    return call
-
-
-class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
-    """Feeds the report from Ansible's events, in drift.yml and nowhere else."""
-
-    CALLBACK_VERSION = 2.0
-    CALLBACK_TYPE = "aggregate"
-    CALLBACK_NAME = "rayplane_drift"
-    # Not by callbacks_enabled: who sets that for himself would get a run without a report.
-    CALLBACK_NEEDS_ENABLED = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._report: Report | None = None
-        self._play = ""
-
-    def v2_playbook_on_start(self, playbook: Any) -> None:
-        """Report only on the playbook that compares."""
-        if Path(str(playbook._file_name)).name == "drift.yml":
-            self._report = Report()
-            os.environ[MARK] = "1"
-
-    def v2_playbook_on_play_start(self, play: Any) -> None:
-        """Remember the play, for tasks that are not of a role, and have every task know of check mode."""
-        self._play = play.get_name().strip()
-        if self._report is not None:
-            # A play's check_mode leaves this variable false: only --check sets it, and tasks may decide by it.
-            play.get_variable_manager()._options_vars["ansible_check_mode"] = True
-
-    @_never_silent
-    def v2_runner_on_ok(self, result: Any) -> None:
-        """A task would change something, or nothing."""
-        stage = _stage(result.task)
-        if self._report is None or not stage:
-            return
-        cluster, answer = result.host.get_name(), result.result
-        # Preflight looks at what is declared; that it ran says nothing about what is there.
-        # Neither compares anything.
-        if stage not in ("preflight", "account"):
-            self._report.seen(cluster, stage)
-        # A stage that looks another up (the network's ids) does not compare it.
-        if _stage(result.task, innermost=True) == stage:
-            self._report.foreign(cluster, stage, answer)
-        if result.is_changed():
-            self._report.changed(cluster, stage, result.task_name, answer)
-        elif result.task.action in constants._ACTION_DEBUG:
-            self._report.said(cluster, stage, answer.get("msg"))
-
-    @_never_silent
-    def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
-        """A task failed; one that its own role rescues or ignores is no failure."""
-        if self._report is not None and not ignore_errors and not _is_rescued(result.task):
-            self._gap(result)
-
-    @_never_silent
-    def v2_runner_on_unreachable(self, result: Any) -> None:
-        """A host was not reached."""
-        if self._report is not None:
-            self._gap(result)
-
-    def v2_playbook_on_stats(self, stats: Any) -> None:
-        """The run ended: write and show the report, and end with its code."""
-        if self._report is None:
-            return
-        report, self._report = self._report, None
-        os.environ.pop(MARK, None)
-        try:
-            folder = Path(str(stats.custom.get("_run", {}).get("drift_dir") or "drift"))
-            self._finish(report, folder)
-        except OSError as error:
-            self._display.error(f"the drift report cannot be written: {error}")
-            raise SystemExit(NOT_COMPARED) from error
-        raise SystemExit(report.exit_code)
-
-    def _finish(self, report: Report, folder: Path) -> None:
-        now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("drift.json", report.as_json(now)), ("drift.md", report.as_markdown(now))):
-            part = folder / f".{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(folder / name)
-        if constants.DEFAULT_STDOUT_CALLBACK.rpartition(".")[2] in ("json", "jsonl"):
-            return
-        self._display.banner("DRIFT")
-        for line in report.table(shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 200):
-            self._display.display(line)
-        self._display.display(f"Report: {folder / 'drift.md'} and drift.json; exit code {report.exit_code}")
-
-    def _gap(self, result: Any) -> None:
-        assert self._report is not None
-        stage = _stage(result.task) or self._play
-        self._report.failed(result.host.get_name(), stage, result.task_name, reason_of(result.result))
-
-
-def _ancestors(task: Any) -> Iterator[Any]:
-    parent = task
-    while parent is not None:
-        yield parent
-        parent = getattr(parent, "_parent", None)
-
-
-def _stage(task: Any, *, innermost: bool = False) -> str:
-    """The role that the playbook names; roles that it includes work for it. ``innermost``: the role of the task."""
-    roles = [role for one in _ancestors(task) if (role := getattr(one, "_role", None)) is not None]
-    return str(roles[0 if innermost else -1].get_name()) if roles else ""
-
-
-def _is_rescued(task: Any) -> bool:
-    """Whether a block of a role has a rescue for the task (the playbook's own is what ends a stage)."""
-    inner: list[str] = []
-    for one in _ancestors(task):
-        if getattr(one, "rescue", None) and getattr(one, "_role", None) is not None:
-            # What fails in a rescue itself is not rescued. Tasks are copied as they are run; their ids stay.
-            last = {str(member._uuid) for member in [*one.rescue, *one.always]}
-            if not last.intersection(inner):
-                return True
-        inner.append(str(getattr(one, "_uuid", "")))
-    return False

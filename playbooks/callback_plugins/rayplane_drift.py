@@ -1,1 +1,0 @@
-../../plugins/callback/rayplane_drift.py

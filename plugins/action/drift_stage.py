@@ -1,0 +1,53 @@
+# Copyright (c) rayplane contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Note what a stage in check mode found, for the report at the end of the run.
+
+An action plugin, because it looks at all results that the host's tasks registered.
+
+Arguments of the task: ``stage``, the role; and where it failed ``task`` and ``result``, what Ansible says of it.
+The fact ``__drift_stages`` holds the stages so far; ``__drift_unreached`` says that the cluster cannot be asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Row, reason_of, rows_of
+
+FACT = "__drift_stages"
+#: Where this stage is not compared, none after it can be.
+NEEDED = "kubeconfig"
+
+
+class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+    """The task ``drift_stage``."""
+
+    _requires_connection = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Add the stage to those noted so far."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        variables = task_vars or {}
+        _validation, arguments = self.validate_argument_spec(
+            {
+                "stage": {"type": "str", "required": True},
+                "task": {"type": "str"},
+                "result": {"type": "dict"},
+            }
+        )
+        cluster, stage = str(variables["inventory_hostname"]), arguments["stage"]
+        before = [Row(**row) for one in variables.get(FACT, ()) for row in one["rows"]]
+        rows = rows_of(cluster, stage, variables, before)
+        gap = None
+        if arguments["task"]:
+            gap = Gap(cluster, stage, arguments["task"], reason_of(arguments["result"]))
+            if stage == NEEDED:
+                gap.reason += "; no stage in Kubernetes is compared"
+        noted = {"stage": stage, "rows": [asdict(row) for row in rows], "gap": asdict(gap) if gap else None}
+        result.update(changed=False, ansible_facts={FACT: [*variables.get(FACT, ()), noted]})
+        if gap and stage == NEEDED:
+            result["ansible_facts"]["__drift_unreached"] = True
+        return result
