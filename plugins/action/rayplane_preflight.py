@@ -46,12 +46,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules 
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options, check_unknown
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import Respelled
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import whole
-
-try:
-    # Where a value was read from; Ansible tags every value with it, and has no public name for the tag yet.
-    from ansible._internal._datatag._tags import Origin
-except ImportError:
-    Origin = None
+from ansible_collections.rayplane.platform.plugins.plugin_utils.ansible_private import Origin
 
 # What the live side asks with, and the modules after it too. Ansible loads an action in the process that it forks for
 # every task, so this is imported once in a run; that it is missing is among the problems that are found.
@@ -113,7 +108,7 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         found: list[Problem] = []
         if args["scope"] in ("declared", "all"):
             if host == variables.get("ansible_play_hosts_all", [host])[0]:
-                found.extend(_controller(project, self._loader))
+                found.extend(_controller(project))
             found.extend(cluster.declared())
         if args["scope"] in ("live", "all"):
             # What is wrong as declared is asked of nobody, and told once.
@@ -148,15 +143,14 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         return result
 
 
-def _controller(project: Path, loader: Any) -> Iterator[Problem]:
+def _controller(project: Path) -> Iterator[Problem]:
     """Python, ansible-core, packages and collections: the same for every cluster, so the first one reports them."""
     metadata = environment.project_metadata(project)
     yield from environment.check_python(metadata)
     yield from environment.check_packages(metadata)
-    requirements = project / "collections" / "requirements.yml"
-    if requirements.is_file():
-        wanted = loader.load_from_file(str(requirements)) or {}
-        yield from environment.check_collections(wanted.get("collections", []), environment.collection_version)
+    yield from environment.check_collections(
+        environment.collection_dependencies(project), environment.collection_version
+    )
 
 
 class _Cluster:
@@ -248,8 +242,6 @@ class _Cluster:
 
     def where(self, variable: str) -> str:
         """File and line of a variable, as near as its tags tell."""
-        if Origin is None:
-            return ""
         root, *rest = split_path(variable) or [""]
         if root not in self._raw:
             return ""
@@ -325,7 +317,7 @@ def _plain(value: Any) -> Any:
 
 def _written(value: int) -> str:
     """The text of a number in the file that it was read from; empty where that is not known."""
-    origin = Origin.get_tag(value) if Origin else None
+    origin = Origin.get_tag(value)
     if not origin or not origin.path or not origin.line_num or not origin.col_num:
         return ""
     found = re.match(r"[-+\w.:]+", linecache.getline(origin.path, origin.line_num)[origin.col_num - 1 :])

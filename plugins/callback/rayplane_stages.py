@@ -4,14 +4,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from ansible import constants
-from ansible.plugins.callback import CallbackBase
-
 DOCUMENTATION = r"""
 name: rayplane_stages
 type: aggregate
@@ -21,8 +13,16 @@ description:
     of what follows.
   - Adds its table below the recap and touches nothing else of the output.
   - Where a role sets the custom statistic C(exit_code), the run ends with it.
-author: rayplane contributors
+author: rayplane contributors (@rayplane)
 """
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ansible import constants
+from ansible.plugins.callback import CallbackBase
 
 
 @dataclass

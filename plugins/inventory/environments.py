@@ -4,14 +4,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from ansible.errors import AnsibleParserError
-from ansible.inventory.manager import InventoryManager
-from ansible.plugins.inventory import BaseInventoryPlugin
-from ansible.vars.manager import VariableManager
-
 DOCUMENTATION = r"""
 name: environments
 short_description: Clusters of several inventories side by side
@@ -19,7 +11,7 @@ description:
   - Two inventories given with C(-i) share their group C(all), so the last one's C(group_vars/all) wins for every host.
     Here each host keeps the variables that it has in its own inventory.
   - Its file ends with C(environments.yml).
-author: rayplane contributors
+author: rayplane contributors (@rayplane)
 options:
   plugin:
     description: The name of this plugin.
@@ -37,6 +29,14 @@ EXAMPLES = r"""
 plugin: rayplane.platform.environments
 environments: [../dev, ../staging, ../prod]
 """
+
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleParserError
+from ansible.inventory.manager import InventoryManager
+from ansible.plugins.inventory import BaseInventoryPlugin
+from ansible.vars.manager import VariableManager
 
 
 class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc,unused-ignore]

@@ -163,7 +163,7 @@ cluster:
   type: dict
   contains:
     arn: {description: ARN of the cluster., type: str}
-    certificate_authority: {description: CA of the API server, base64., type: str}
+    certificate_authority: {description: "CA of the API server, in base64.", type: str}
     endpoint: {description: Address of the API server., type: str}
     irsa: {description: "Whether service accounts were ever given roles by the cluster's OIDC issuer.", type: bool}
     oidc_issuer: {description: Issuer of service account tokens., type: str}

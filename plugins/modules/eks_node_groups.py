@@ -703,7 +703,7 @@ def argument_spec() -> dict[str, Any]:
     """Return the parameters; the group's suboptions are long enough for a function of their own."""
     texts = {"type": "list", "elements": "str", "default": []}
     taint = {
-        "key": {"type": "str", "required": True},
+        "key": {"type": "str", "required": True, "no_log": False},
         "value": {"type": "str", "default": ""},
         "effect": {"type": "str", "choices": list(EFFECTS), "default": "NoSchedule"},
     }

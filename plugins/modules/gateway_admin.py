@@ -77,7 +77,7 @@ options:
     elements: str
     choices: [keys, routes, status]
     default: []
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

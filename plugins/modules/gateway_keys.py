@@ -44,7 +44,7 @@ options:
   key_file:
     description: File, readable by its owner only, into which the key is written.
     type: path
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

@@ -68,7 +68,7 @@ options:
     description: Folder for rendered charts.
     type: path
     required: true
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

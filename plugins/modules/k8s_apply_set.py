@@ -112,7 +112,7 @@ options:
     description: The name under which fields are owned.
     type: str
     default: rayplane
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

@@ -36,7 +36,7 @@ options:
       failure can be read.
     type: bool
     default: true
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

@@ -37,7 +37,7 @@ options:
       C(feature_gates) (name to bool), C(args).
     type: dict
     default: {}
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

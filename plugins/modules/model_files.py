@@ -60,7 +60,7 @@ options:
     type: str
     choices: [present, absent]
     default: present
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

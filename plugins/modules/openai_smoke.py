@@ -58,7 +58,7 @@ options:
     description: Seconds for one request.
     type: int
     default: 60
-author: [rayplane]
+author: rayplane contributors (@rayplane)
 attributes:
   check_mode:
     support: full

@@ -14,13 +14,9 @@ another interpreter, become, async) the module runs as any other.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
-import io
-import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,15 +24,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils import basic
-from ansible.module_utils.common.json import Direction, get_module_encoder
 from ansible.plugins.action import ActionBase
 from ansible.utils.vars import merge_hash
+from ansible_collections.rayplane.platform.plugins.plugin_utils.ansible_private import (
+    run_main,
+    task_arguments,
+    task_environment,
+)
 
 _MODULES = "ansible_collections.rayplane.platform.plugins.modules"
 
-# How a module that states nothing else reads its arguments and writes its result.
-_PROFILE = "legacy"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -79,27 +76,11 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         name = self._task.action.rpartition(".")[2]
         module = importlib.import_module(f"{_MODULES}.{name}")
         _end_with_ansible()
-        environment: dict[str, Any] = {}
-        self._compute_environment_string(environment)
-        arguments = dict(self._task.args)
-        self._update_module_args(name, arguments, variables)
+        os.environ.update(task_environment(self))
         # Exit handlers, with which a module would remove its own folder, do not run in a forked process.
-        folder = tempfile.mkdtemp(prefix="rayplane-")
-        arguments["_ansible_tmpdir"] = folder
-        encoder = get_module_encoder(_PROFILE, Direction.CONTROLLER_TO_MODULE)
-        basic._ANSIBLE_ARGS = json.dumps({"ANSIBLE_MODULE_ARGS": arguments}, cls=encoder).encode()
-        basic._ANSIBLE_PROFILE = _PROFILE
-        os.environ.update({key: str(value) for key, value in environment.items()})
-        output = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-                module.main()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        answer: dict[str, Any] = self._parse_returned_data({"stdout": output.getvalue(), "stderr": ""}, _PROFILE)
-        for key in [key for key in answer if key.startswith("_ansible_") and key != "_ansible_parsed"]:
-            del answer[key]
-        return answer
+        with tempfile.TemporaryDirectory(prefix="rayplane-", ignore_cleanup_errors=True) as folder:
+            arguments = {**task_arguments(self, name, variables), "_ansible_tmpdir": folder}
+            return run_main(self, module.main, arguments)
 
 
 def _end_with_ansible() -> None:

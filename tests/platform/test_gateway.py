@@ -17,6 +17,8 @@ import openai
 import pytest
 import yaml
 
+from tests.packed import installed, playbook, run_as_awx, unpacked
+
 from .conftest import (
     ENDPOINT,
     HOME,
@@ -222,6 +224,25 @@ def test_rerun_plan_and_drift_find_nothing(deployed: Path, make: Runner, tmp_pat
     assert plan.changed_tasks() == [] and KEY.search(plan.output) is None
     make("drift", f"-e drift_dir={tmp_path}").expect_success()
     assert json.loads((tmp_path / "drift.json").read_text())["status"] == "clean"
+
+
+def test_installed_and_in_awx_it_finds_the_same(deployed: Path, tmp_path: Path) -> None:
+    """A rerun from an empty folder with the installed collection, and by ansible-runner from an archive: no change."""
+    project, folder = unpacked(tmp_path), tmp_path / "empty"
+    environment = installed(project, tmp_path / "collections")
+    shutil.copytree(ROOT / "inventories/local", folder / "inventory")
+    again = playbook(folder, environment, "rayplane.platform.deploy", "-i", "inventory")
+    assert re.search(r"^local +: ok=\d+ +changed=0 .* failed=0", again, re.M), again
+    assert "Paris" in again
+
+    deployment = ("playbooks/deploy.yml", "-i", "inventories/local")
+    done = run_as_awx(project, tmp_path, *deployment)
+    assert (done["rc"], done["changed"]) == (0, 0), done["output"]
+    assert "Paris" in done["output"] and "STAGES" in done["output"]
+    report = json.dumps({"drift_report": True, "drift_dir": str(tmp_path / "drift")})
+    done = run_as_awx(project, tmp_path, *deployment, "--check", "-e", report)
+    assert (done["rc"], done["changed"]) == (0, 0), done["output"]
+    assert json.loads((tmp_path / "drift/drift.json").read_text())["status"] == "clean"
 
 
 def test_verify_asks_this_cluster_through_a_port_forward(deployed: Path, run: Runner, tmp_path: Path) -> None:

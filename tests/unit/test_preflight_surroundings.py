@@ -57,17 +57,17 @@ def test_no_project_file_means_no_window(tmp_path: Path) -> None:
 
 
 def test_collections() -> None:
-    wanted = [
-        {"name": "amazon.aws", "version": "10.1.2"},
-        {"name": "a.b", "version": ">=1,<2"},
-        {"name": "c.d"},
-        {"name": "e.f"},
-    ]
-    versions = {"amazon.aws": "10.3.0", "a.b": "1.5.0", "c.d": "0.1.0"}
+    wanted = {"amazon.aws": ">=10.1.2,<11", "a.b": ">=1,<2", "e.f": ">=1"}
+    versions = {"amazon.aws": "11.3.0", "a.b": "1.5.0"}
     found = {problem.variable: problem for problem in environment.check_collections(wanted, versions.get)}
     assert set(found) == {"amazon.aws", "e.f"}
     assert "10.1.2" in found["amazon.aws"].reason
     assert "not installed" in found["e.f"].reason
+
+
+def test_the_environment_has_the_collections_that_the_project_needs() -> None:
+    wanted = environment.collection_dependencies(PROJECT)
+    assert list(environment.check_collections(wanted, environment.collection_version)) == []
 
 
 def test_installed_collections_are_found() -> None:

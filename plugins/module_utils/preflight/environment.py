@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The controller: Python and ansible-core inside their window, packages and collections present, commands on the path.
 
-The windows are written once, in the project's pyproject.toml and collections/requirements.yml, and read from there.
+The windows are written once, in the project's pyproject.toml and galaxy.yml, and read from there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
 from packaging.requirements import Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -27,6 +28,7 @@ __all__ = [
     "check_packages",
     "check_python",
     "check_tools",
+    "collection_dependencies",
     "collection_version",
     "package_version",
     "project_metadata",
@@ -92,15 +94,24 @@ def check_packages(
             )
 
 
-def check_collections(wanted: Iterable[Mapping[str, Any]], installed: Callable[[str], str | None]) -> Iterator[Problem]:
-    """Every collection of collections/requirements.yml is there, in a version it allows."""
-    for entry in wanted:
-        name, window = str(entry.get("name", "")), str(entry.get("version", "") or "*")
+def collection_dependencies(project: Path) -> Mapping[str, str]:
+    """The collections that the project needs, with versions: from galaxy.yml, or what an installation made of it."""
+    manifest = project / "MANIFEST.json"
+    if manifest.is_file():
+        found: Any = json.loads(manifest.read_text(encoding="utf-8")).get("collection_info", {})
+    else:
+        found = yaml.safe_load((project / "galaxy.yml").read_text(encoding="utf-8"))
+    dependencies: Mapping[str, str] = found["dependencies"]
+    return dependencies
+
+
+def check_collections(wanted: Mapping[str, str], installed: Callable[[str], str | None]) -> Iterator[Problem]:
+    """Every collection that is needed is there, in a version that is allowed."""
+    for name, window in wanted.items():
         version = installed(name)
-        specifier = "" if window == "*" else f"=={window}" if window[:1].isdigit() else window
         if version is None:
             yield Problem(name, ABSENT, f"the collection is not installed (wanted: {window})", _INSTALL)
-        elif not _inside(version, specifier):
+        elif not _inside(version, window):
             yield Problem(name, version, f"outside the versions this release was tested with: {window}", _INSTALL)
 
 
