@@ -123,7 +123,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     KubeError,
     Resource,
     connection_from_environment,
-    forget_temporary,
 )
 
 _PODS = Resource("v1", "Pod", "pods", True)
@@ -337,8 +336,6 @@ def main() -> None:
         answers = {name: admin.all_keys() if name == "keys" else admin.ask("GET", name) for name in given["query"]}
     except (AdminError, KubeError, OSError, ValueError, KeyError) as error:
         module.fail_json(msg=str(error) if not isinstance(error, KeyError) else f"the gateway's answer has no {error}")
-    finally:
-        forget_temporary()
     module.exit_json(changed=bool(actions), actions=actions, answers=answers, waited_s=round(waited, 1))
 
 

@@ -92,7 +92,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     Connection,
     KubeError,
     connection_from_environment,
-    forget_temporary,
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.reach import explain, kind_of
 
@@ -152,8 +151,6 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
         if module.params["required"]:
             raise PlatformError(str(error)) from error
         return {**facts, "reason": str(error)}
-    finally:
-        forget_temporary()
     return {**facts, "reachable": True, "version": str(answer.get("gitVersion", ""))}
 
 

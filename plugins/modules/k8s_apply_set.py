@@ -174,7 +174,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     KubeError,
     NoKubeconfigError,
     connection_from_environment,
-    forget_temporary,
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import ApplyError, ApplySet
 
@@ -248,8 +247,6 @@ def main() -> None:
         )
     except (ApplyError, KubeError, OSError, ValueError) as error:
         module.fail_json(msg=str(error))
-    finally:
-        forget_temporary()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     NoKubeconfigError,
     Resource,
     connection_from_environment,
-    forget_temporary,
 )
 
 _PREFIX_LENGTH = 12
@@ -238,8 +237,6 @@ def main() -> None:
         values, made = keep(cluster, given["namespace"], given["secrets"], predict=module.check_mode)
     except (SecretError, KubeError, OSError, ValueError) as error:
         module.fail_json(msg=str(error))
-    finally:
-        forget_temporary()
     # What was made is no change yet: applying it is.
     module.exit_json(changed=False, made=made, **({"values": values} if given["values_returned"] else {}))
 

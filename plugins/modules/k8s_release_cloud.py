@@ -85,7 +85,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     KubeError,
     Resource,
     connection_from_environment,
-    forget_temporary,
 )
 
 _SERVICE = Resource("v1", "Service", "services", True)
@@ -243,8 +242,6 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
         ) from error
     except KubeError as error:
         return {**nothing, "skipped_because": str(error)}
-    finally:
-        forget_temporary()
 
 
 def main() -> None:

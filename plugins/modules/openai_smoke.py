@@ -95,7 +95,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     KubeError,
     Resource,
     connection_from_environment,
-    forget_temporary,
     kubectl_settings,
 )
 
@@ -209,38 +208,32 @@ def key_of(given: Json) -> str:
     if not given["api_key_secret"]:
         return ""
     place = given["api_key_secret"]
-    try:
-        secret = Cluster(connection_from_environment()).get(
-            Resource("v1", "Secret", "secrets", True), place["namespace"], place["name"]
-        )
-    finally:
-        forget_temporary()
+    secret = Cluster(connection_from_environment()).get(
+        Resource("v1", "Secret", "secrets", True), place["namespace"], place["name"]
+    )
     return base64.b64decode(((secret or {}).get("data") or {}).get("key", "")).decode()
 
 
 @contextmanager
-def forwarded(kubectl: str, service: Json) -> Iterator[str]:
+def forwarded(kubectl: str, service: Json, folder: Path) -> Iterator[str]:
     """Address of a ``kubectl port-forward`` to the Service of the cluster that every other task talks to, ended
     afterwards."""
-    options, environment = kubectl_settings()
+    options, environment = kubectl_settings(folder)
     command = [kubectl, *options, "port-forward", "--address", "127.0.0.1", "-n", service["namespace"]]
     command += [f"svc/{service['name']}", f":{service['port']}"]
-    try:
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                line = process.stdout.readline() if process.stdout else ""
-                match = re.search(r"127\.0\.0\.1:(\d+)", line)
-                if not match:
-                    # Without a line it has ended, or is about to.
-                    said = line or (process.stderr.read() if process.stderr else "")
-                    raise AnswerError(f"{' '.join(command)}: {said.strip() or 'no answer'}")
-                yield f"http://127.0.0.1:{match[1]}"
-            finally:
-                process.terminate()
-    finally:
-        forget_temporary()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            match = re.search(r"127\.0\.0\.1:(\d+)", line)
+            if not match:
+                # Without a line it has ended, or is about to.
+                said = line or (process.stderr.read() if process.stderr else "")
+                raise AnswerError(f"{' '.join(command)}: {said.strip() or 'no answer'}")
+            yield f"http://127.0.0.1:{match[1]}"
+        finally:
+            process.terminate()
 
 
 def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers: list[Json]) -> None:
@@ -299,7 +292,7 @@ def main() -> None:
             if given["base_url"]:
                 run(module, given["base_url"], key, deadline, answers)
             else:
-                with forwarded(given["kubectl"], given["service"]) as url:
+                with forwarded(given["kubectl"], given["service"], Path(module.tmpdir)) as url:
                     # A port-forward ends with its pod: it gets a short patience, and a new one is opened.
                     run(module, url, key, min(deadline, time.monotonic() + 30), answers)
             break

@@ -79,6 +79,8 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         os.environ.update(task_environment(self))
         # Exit handlers, with which a module would remove its own folder, do not run in a forked process.
         with tempfile.TemporaryDirectory(prefix="rayplane-", ignore_cleanup_errors=True) as folder:
+            # Nor do those of what it imports.
+            tempfile.tempdir = folder
             arguments = {**task_arguments(self, name, variables), "_ansible_tmpdir": folder}
             return run_main(self, module.main, arguments)
 

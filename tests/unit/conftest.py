@@ -17,8 +17,23 @@ settings.load_profile("same")
 PROJECT = Path(__file__).resolve().parents[2]
 
 if TYPE_CHECKING:
-    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster
+    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster, Connection
     from kube_fake import Server
+
+
+def connection_to(server: str, token: str = "") -> Connection:
+    """A connection to a server at an address."""
+    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Connection
+    from kubernetes.client import Configuration
+
+    def source() -> Configuration:
+        configuration = Configuration(host=server)
+        configuration.proxy = None
+        if token:
+            configuration.api_key["authorization"] = f"Bearer {token}"
+        return configuration
+
+    return Connection(source)
 
 
 @pytest.fixture
@@ -37,6 +52,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def cluster(server: Server) -> Cluster:
     """The client of the API server."""
-    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster, Connection
+    from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster
 
-    return Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}"))
+    return Cluster(connection_to(f"http://127.0.0.1:{server.server_address[1]}"))

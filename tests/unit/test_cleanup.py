@@ -17,7 +17,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import 
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import KEEP_TAG, Sweep, belongs
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
-    Connection,
     KubeError,
     Resource,
 )
@@ -28,7 +27,7 @@ from ansible_collections.rayplane.platform.plugins.modules import (
     k8s_release_cloud,
 )
 from aws_fake import Clock, FakeClient, refusal
-from conftest import PROJECT
+from conftest import PROJECT, connection_to
 
 OWNED = {"kubernetes.io/cluster/c1": "owned"}
 PVC = {**OWNED, "kubernetes.io/created-for/pvc/name": "data"}
@@ -508,7 +507,7 @@ def test_only_the_cluster_that_goes_is_touched(monkeypatch: pytest.MonkeyPatch, 
     asked: list[str] = []
 
     class Server(FakeCluster):
-        def __init__(self, connection: Connection, timeout: float) -> None:
+        def __init__(self, connection: Any, timeout: float) -> None:
             super().__init__()
             self.server = connection.server
 
@@ -520,7 +519,7 @@ def test_only_the_cluster_that_goes_is_touched(monkeypatch: pytest.MonkeyPatch, 
 
     outcome: dict[str, Any] = {"error": None, "server": "https://c1"}
     monkeypatch.setattr(module_of, "Cluster", Server)
-    monkeypatch.setattr(module_of, "connection_from_environment", lambda: Connection(outcome["server"]))
+    monkeypatch.setattr(module_of, "connection_from_environment", lambda: connection_to(outcome["server"]))
     why = "skipped_because" if module_of is k8s_release_cloud else "reason"
 
     def reconcile() -> str:

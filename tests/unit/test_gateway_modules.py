@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster, Connection
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import Cluster
 from ansible_collections.rayplane.platform.plugins.modules import gateway_admin
 from ansible_collections.rayplane.platform.plugins.modules.gateway_admin import Admin, AdminError, reconcile
 from ansible_collections.rayplane.platform.plugins.modules.gateway_keys import (
@@ -28,7 +28,7 @@ from ansible_collections.rayplane.platform.plugins.modules.gateway_keys import (
     write,
 )
 from ansible_collections.rayplane.platform.plugins.modules.k8s_kept_secrets import MAKERS, SecretError, keep
-from conftest import PROJECT
+from conftest import PROJECT, connection_to
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,7 +312,7 @@ def _gateway() -> Iterator[Gateway]:
 
 
 def cluster_of(gateway: Gateway) -> Cluster:
-    return Cluster(Connection(server=f"http://127.0.0.1:{gateway.server_address[1]}"), retries=0)
+    return Cluster(connection_to(f"http://127.0.0.1:{gateway.server_address[1]}"), retries=0)
 
 
 def admin(gateway: Gateway, **changes: Any) -> Admin:

@@ -10,7 +10,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     ApiError,
     Cluster,
     ClusterToCome,
-    Connection,
     NoKubeconfigError,
     connection_from_environment,
 )
@@ -21,6 +20,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply impor
     diff_of,
     merged,
 )
+from conftest import connection_to
 from kube_fake import LABELS, Json, Server
 
 
@@ -237,7 +237,7 @@ def test_a_plan_lets_a_node_port_move_between_our_services(server: Server, monke
         raise ApiError("PATCH", "/", 422, {"message": "Invalid value: 30080: provided port is already allocated"})
 
     monkeypatch.setattr(Cluster, "apply", refuse)
-    cluster = Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}"), retries=0)
+    cluster = Cluster(connection_to(f"http://127.0.0.1:{server.server_address[1]}"), retries=0)
     plan = ApplySet(cluster, LABELS, "rayplane", dry_run=True)
     plan.apply([wanted])
     assert plan.outcome.created == ["Service a/new"]

@@ -12,7 +12,6 @@ import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
-    Connection,
     connection_from_environment,
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply import ApplyError, ApplySet
@@ -27,6 +26,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.state impor
     rayservice_state,
     statefulset_state,
 )
+from conftest import connection_to
 from kube_fake import LABELS, Json, Server
 
 
@@ -332,16 +332,18 @@ def test_credentials_that_stay_refused_end_the_wait(server: Server, monkeypatch:
         "ansible_collections.rayplane.platform.plugins.module_utils.kube.apply._REFUSED_PATIENCE_S", 0.1
     )
     server.tokens = {"good"}
-    headers = {"Authorization": "Bearer bad"}
-    refused = Cluster(Connection(server=f"http://127.0.0.1:{server.server_address[1]}", headers=headers))
+    refused = Cluster(connection_to(f"http://127.0.0.1:{server.server_address[1]}", "bad"))
     target = {"api_version": "v1", "kind": "Secret", "namespace": "llm", "name": "s"}
     with pytest.raises(ApplyError, match="cannot become ready: Secret llm/s: GET /api/v1: 401 Unauthorized"):
         work(refused).wait([target], 60, poll=0.05)
 
 
+V1 = "client.authentication.k8s.io/v1"
 PLUGIN = """#!/bin/sh
 until=$(date -u -d '+5 seconds' +%Y-%m-%dT%H:%M:%SZ)
-echo '{"status": {"token": "'$(date +%s.%N)'", "expirationTimestamp": "'$until'"}}'
+echo 1 >> $0.count
+echo '{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",'
+echo ' "status": {"token": "'$(date +%s.%N)'", "expirationTimestamp": "'$until'"}}'
 """
 
 
@@ -353,7 +355,7 @@ def test_a_wait_outlives_tokens_that_live_five_seconds(server: Server, tmp_path:
         "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
         "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}],
-        "users": [{"name": "u", "user": {"exec": {"command": str(plugin)}}}],
+        "users": [{"name": "u", "user": {"exec": {"apiVersion": V1, "command": str(plugin)}}}],
     }
     (tmp_path / "config").write_text(yaml.safe_dump(config))
     server.token_life_s = 5.0
@@ -365,7 +367,7 @@ def test_a_wait_outlives_tokens_that_live_five_seconds(server: Server, tmp_path:
     waited = work(Cluster(connection)).wait([target], LONG_S)
     late.join()
     assert waited > 10
-    assert connection.renewals >= 3
+    assert (tmp_path / "plugin.count").read_text().count("1") >= 3
 
 
 def deployment() -> Json:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
 from ansible_collections.rayplane.platform.plugins.module_utils.kube import reach
-from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import ApiError, Connection, KubeError
+from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import ApiError, KubeError
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight import access
 from ansible_collections.rayplane.platform.plugins.modules import eks_cluster, k8s_api_probe
 from aws_fake import Clock, FakeClient
+from conftest import connection_to
 from test_preflight_rules import found
 from test_preflight_surroundings import answering
 
@@ -140,7 +141,7 @@ def test_a_real_refusal_is_known_and_ends_the_stage_at_once(monkeypatch: pytest.
     cluster = {"name": "c1", "endpoint": server, "resourcesVpcConfig": {"endpointPublicAccess": False}}
     eks = FakeClient("eks", describe_cluster=lambda **_: {"cluster": cluster})
     params = {"cluster_name": "c1", "servers": [], "required": True, "client_cidrs": ["10.0.0.0/16"], "address_url": ""}
-    monkeypatch.setattr(k8s_api_probe, "connection_from_environment", lambda: Connection(server))
+    monkeypatch.setattr(k8s_api_probe, "connection_from_environment", lambda: connection_to(server))
     module = SimpleNamespace(params=params, client=lambda _: eks)
     with pytest.raises(PlatformError, match=r"cluster c1: https://127.0.0.1:9 refuses the connection: the endpoint is"):
         k8s_api_probe.reconcile(module, Changes(False))

@@ -182,6 +182,7 @@ def test_a_port_forward_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.
     kubectl.write_text("#!/bin/sh\nexec >&-\nsleep 0.2\necho 'services \"s\" not found' >&2\n")
     kubectl.chmod(0o755)
     monkeypatch.setenv("K8S_AUTH_HOST", "https://api:6443")
+    monkeypatch.setenv("K8S_AUTH_API_KEY", "key")
     place = {"namespace": "n", "name": "s", "port": 80}
-    with pytest.raises(AnswerError, match='services "s" not found'), forwarded(str(kubectl), place):
+    with pytest.raises(AnswerError, match='services "s" not found'), forwarded(str(kubectl), place, tmp_path):
         pass

@@ -1,43 +1,38 @@
-"""A small Kubernetes API client: kubeconfig in, JSON over HTTPS out.
+"""The verbs that the roles need, on one API server: get, list, server-side apply, merge patch, delete, logs.
 
-The generated ``kubernetes`` package takes two to three seconds to import, which every module call would pay. The few
-verbs that the
-roles need (get, list, server-side apply, merge patch, delete, logs) take none of its models, so they are spoken
-directly here.
-
-Connection settings are read like kubernetes.core reads them: ``K8S_AUTH_HOST`` with ``K8S_AUTH_API_KEY`` (an AWX
-credential),
-``K8S_AUTH_KUBECONFIG`` and ``K8S_AUTH_CONTEXT``, ``KUBECONFIG``, ``~/.kube/config``, and a pod's own service account,
-in this order. The environment's proxy is used as kubectl uses it.
+Where the server is and how to prove who we are is kubernetes.core's affair: every ``K8S_AUTH_*`` of its modules, exec
+credentials, a pod's own account. What is asked and answered is the API's own JSON; models of the ``kubernetes`` package
+would be made of it only to be taken apart again.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ipaddress
 import json
+import logging
 import os
-import subprocess
-import tempfile
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-import urllib3
 import yaml
+from ansible_collections.kubernetes.core.plugins.module_utils.k8s import client as core
+
+try:
+    import urllib3
+    from kubernetes.client import Configuration
+    from kubernetes.client.rest import RESTClientObject
+    from kubernetes.config import ConfigException, kube_config
+except ImportError:
+    # Preflight names the package that is missing.
+    pass
 
 Json = dict[str, Any]
-
-_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_METADATA_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class KubeError(Exception):
@@ -45,7 +40,7 @@ class KubeError(Exception):
 
 
 class CredentialError(KubeError):
-    """The kubeconfig's credential plugin or token file gives no credential."""
+    """The kubeconfig's credential plugin gives no credential."""
 
 
 class NoKubeconfigError(KubeError):
@@ -62,220 +57,134 @@ class ApiError(KubeError):
         super().__init__(f"{method} {path}: {status} {body.get('message') or self.reason or 'no message'}")
 
 
-def load_yaml(text: str) -> list[Json]:
-    """All documents of a YAML text, empty ones left out."""
-    return [document for document in yaml.load_all(text, Loader=_METADATA_LOADER) if document]
-
-
-@dataclass(frozen=True)
-class Credential:
-    """A token or the files of a client certificate. ``expires`` is a Unix time; None where nobody says."""
-
-    token: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    expires: float | None = None
-
-
-@dataclass
 class Connection:
-    """Where the API server is and how to prove who we are.
+    """Where the API server is and how to prove who we are: a ``kubernetes.client.Configuration`` and where it is from.
 
-    ``source`` gives the credential anew where it does not stand in the kubeconfig itself; ``renew_at`` is the Unix time
-    from which it should be asked, and ``renewals`` counts how often it was.
+    ``source`` gives the configuration; it is asked again when the server refuses what it gave. Raises KubeError.
     """
 
-    server: str
-    ca_file: str | None = None
-    verify: bool = True
-    server_name: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    namespace: str = "default"
-    proxy_url: str | None = None
-    source: Callable[[], Credential] | None = None
-    renew_at: float | None = None
-    renewals: int = 0
+    def __init__(self, source: Callable[[], Any]) -> None:
+        self._source = source
+        self._renewing = threading.Lock()
+        self.configuration = source()
+        self.renewals = 0
 
-    def renew(self) -> None:
-        """Take the credential from its source. Raises KubeError where that fails."""
-        if self.source is None:
-            return
-        asked = time.time()
-        given = self.source()
-        if given.token:
-            self.headers = {**self.headers, "Authorization": f"Bearer {given.token}"}
-        if given.cert_file:
-            self.cert_file, self.key_file = given.cert_file, given.key_file
-        # A minute before the end, or the last fifth of a life that is short.
-        self.renew_at = given.expires - min(60.0, (given.expires - asked) / 5) if given.expires else None
-        self.renewals += 1
+    @property
+    def server(self) -> str:
+        """The server's address."""
+        return str(self.configuration.host).rstrip("/")
 
+    def headers(self) -> dict[str, str]:
+        """Who we are; a token about to end is taken anew. Raises CredentialError where that fails."""
+        with _complaints() as complaints:
+            value = self.configuration.get_api_key_with_prefix("authorization")
+        if complaints:
+            raise CredentialError(complaints[-1])
+        headers: dict[str, str] = core._create_headers()
+        return {**headers, "Authorization": value.strip()} if value else headers
 
-def _temp(content: bytes) -> str:
-    """Write ``content`` to a private file that lives as long as the process (ssl reads certificates from files
-    only)."""
-    handle = tempfile.NamedTemporaryFile(prefix="rayplane-kube-", delete=False)  # noqa: SIM115
-    with handle:
-        handle.write(content)
-    _TEMPORARY.append(handle.name)
-    return handle.name
+    def renew(self, renewals: int) -> None:
+        """Take everything anew, unless another thread has since the count of ``renewals`` was read."""
+        with self._renewing:
+            if self.renewals == renewals:
+                self.configuration = self._source()
+                self.renewals += 1
 
 
-_TEMPORARY: list[str] = []
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Why a credential plugin failed: the client only logs it, and goes on without a credential."""
+    complaints: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            complaints.append(f"the kubeconfig's credential plugin failed: {record.getMessage()}")
+
+    root, listener = logging.getLogger(), Listener(logging.ERROR)
+    root.addHandler(listener)
+    try:
+        yield complaints
+    finally:
+        root.removeHandler(listener)
 
 
-def forget_temporary() -> None:
-    """Remove the certificate files that this process wrote."""
-    while _TEMPORARY:
-        with contextlib.suppress(OSError):
-            Path(_TEMPORARY.pop()).unlink()
+@contextlib.contextmanager
+def certificates_removed() -> Iterator[None]:
+    """Remove what the client writes into files: ssl reads certificates from files only. A process that ends by itself
+    does so, but not a task's."""
+    try:
+        yield
+    finally:
+        kube_config._cleanup_temp_files()
 
 
-def _read_kubeconfigs(paths: str) -> tuple[Json, Path]:
-    """Merge the files of a colon-separated list as kubectl does: the first mention of a name wins.
+def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
+    """Find the cluster as kubernetes.core does: a given host, a kubeconfig, a pod's own account, kubectl's kubeconfig.
 
-    Returns the merged configuration and the folder that relative paths in it refer to (that of the first file read).
+    Raises NoKubeconfigError where there is no file of the kubeconfig, KubeError for what cannot be used.
     """
-    merged: Json = {"clusters": [], "users": [], "contexts": [], "current-context": ""}
-    base: Path | None = None
-    problems = []
-    for path in (Path(part).expanduser() for part in paths.split(os.pathsep) if part):
-        try:
-            documents = load_yaml(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-            continue
-        except yaml.YAMLError as error:
-            raise KubeError(f"kubeconfig {path} is not YAML: {error}") from error
-        content = documents[0] if documents else {}
-        if not isinstance(content, dict):
-            raise KubeError(f"kubeconfig {path} holds no mapping")
-        base = base or path.absolute().parent
-        for key in ("clusters", "users", "contexts"):
-            known = {entry["name"] for entry in merged[key]}
-            merged[key] += [entry for entry in content.get(key) or [] if entry["name"] not in known]
-        merged["current-context"] = merged["current-context"] or content.get("current-context", "")
-    if base is None:
+    return Connection(lambda: _configuration(_paths(kubeconfig), context or os.environ.get("K8S_AUTH_CONTEXT")))
+
+
+def _paths(kubeconfig: str | None) -> str:
+    """The kubeconfig files, separated by colons; empty where those of kubectl's default place are meant."""
+    return kubeconfig or os.environ.get("K8S_AUTH_KUBECONFIG") or os.environ.get("KUBECONFIG") or ""
+
+
+def _configuration(paths: str, context: str | None) -> Any:
+    auth = core._create_auth_spec(kubeconfig=paths or None, context=context or None)
+    from_files = paths and not auth.get("host")
+    if from_files and not any(Path(path).expanduser().is_file() for path in paths.split(os.pathsep) if path):
         raise NoKubeconfigError(
-            "no kubeconfig can be read ("
-            + "; ".join(problems)
-            + "). Set platform_kubeconfig or KUBECONFIG to one that can."
-        )
-    return merged, base
-
-
-def _named(config: Json, kind: str, name: str) -> Json:
-    for entry in config[kind]:
-        if entry["name"] == name:
-            value = entry.get(kind[:-1])
-            return value if isinstance(value, dict) else {}
-    known = ", ".join(entry["name"] for entry in config[kind]) or "none"
-    raise KubeError(f"the kubeconfig has no {kind[:-1]} {name!r} (it has: {known})")
-
-
-def _exec_credential(spec: Json) -> Credential:
-    """Run a credential plugin (``aws eks get-token``, ``gke-gcloud-auth-plugin``, ``kubelogin``).
-
-    Protocol: https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins
-    """
-    command = [spec["command"], *(spec.get("args") or [])]
-    environment = dict(os.environ)
-    environment.update({entry["name"]: entry["value"] for entry in spec.get("env") or []})
-    environment["KUBERNETES_EXEC_INFO"] = json.dumps(
-        {"apiVersion": spec.get("apiVersion"), "kind": "ExecCredential", "spec": {"interactive": False}}
-    )
-    try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CredentialError(f"the kubeconfig's credential plugin {command[0]!r} cannot be run: {error}") from error
-    if result.returncode != 0:
-        raise CredentialError(
-            f"the kubeconfig's credential plugin {command[0]!r} failed: {result.stderr.strip()[-500:]}"
+            f"no kubeconfig can be read ({paths}: No such file). Set platform_kubeconfig or KUBECONFIG to one that can."
         )
     try:
-        status = json.loads(result.stdout)["status"]
-        until = status.get("expirationTimestamp")
-        expires = datetime.fromisoformat(until).timestamp() if until else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CredentialError(f"the kubeconfig's credential plugin {command[0]!r} printed no ExecCredential") from error
-    certificate = status.get("clientCertificateData")
-    return Credential(
-        token=status.get("token"),
-        cert_file=_temp(certificate.encode()) if certificate else None,
-        key_file=_temp(status["clientKeyData"].encode()) if certificate else None,
-        expires=expires,
-    )
+        with _complaints() as complaints:
+            # What an earlier call in this process has read.
+            Configuration.set_default(None)
+            configuration = core._create_configuration(auth)
+        proxy = auth.get("proxy") or (_proxy_of_kubeconfig(paths, context) if from_files else None)
+    except (ConfigException, OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        if not paths:
+            raise NoKubeconfigError(f"no kubeconfig can be read: {error}") from error
+        raise KubeError(f"the kubeconfig {paths} cannot be used: {error}") from error
+    if complaints:
+        raise CredentialError(complaints[-1])
+    configuration.proxy = proxy or _proxy_of_environment(configuration.host)
+    return configuration
 
 
-def _token_file(path: Path) -> Credential:
-    """A token that somebody keeps fresh in a file, as the kubelet does for a pod's service account."""
-    try:
-        return Credential(token=path.read_text(encoding="utf-8").strip())
-    except OSError as error:
-        raise CredentialError(f"the token file {path} cannot be read: {error.strerror}") from error
+def _proxy_of_kubeconfig(paths: str, context: str | None) -> str | None:
+    """The cluster's `proxy-url`, which the client passes over."""
+    merged = kube_config.KubeConfigMerger(paths).config
+    active = merged["contexts"].get_with_name(context or merged["current-context"])["context"]
+    url: str | None = merged["clusters"].get_with_name(active["cluster"])["cluster"].safe_get("proxy-url")
+    return url
 
 
-def _from_kubeconfig(paths: str, context_name: str | None) -> Connection:
-    config, base = _read_kubeconfigs(paths)
-    context_name = context_name or config["current-context"]
-    if not context_name:
-        raise KubeError(f"kubeconfig {paths} has no current-context; set platform_kube_context")
-    context = _named(config, "contexts", context_name)
-    cluster = _named(config, "clusters", context.get("cluster", ""))
-    user = _named(config, "users", context["user"]) if context.get("user") else {}
-
-    def file_of(source: Json, key: str) -> str | None:
-        if source.get(f"{key}-data"):
-            return _temp(base64.b64decode(source[f"{key}-data"]))
-        value = source.get(key)
-        return str(base / Path(value).expanduser()) if value else None
-
-    connection = Connection(
-        server=str(cluster["server"]).rstrip("/"),
-        ca_file=file_of(cluster, "certificate-authority"),
-        verify=not cluster.get("insecure-skip-tls-verify", False),
-        server_name=cluster.get("tls-server-name"),
-        cert_file=file_of(user, "client-certificate"),
-        key_file=file_of(user, "client-key"),
-        namespace=context.get("namespace") or "default",
-        proxy_url=cluster.get("proxy-url"),
-    )
-    if user.get("token"):
-        connection.headers["Authorization"] = f"Bearer {user['token']}"
-    elif user.get("tokenFile"):
-        connection.source = partial(_token_file, base / user["tokenFile"])
-    elif user.get("exec"):
-        connection.source = partial(_exec_credential, user["exec"])
-    elif user.get("username"):
-        pair = f"{user['username']}:{user.get('password', '')}".encode()
-        connection.headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-    connection.renew()
-    return connection
+def _proxy_of_environment(server: str) -> str | None:
+    """HTTPS_PROXY and NO_PROXY as kubectl takes them; but none for a private address, seldom a proxy's to reach."""
+    address = urlsplit(server)
+    host = address.hostname or ""
+    if host == "localhost" or proxy_bypass(host):
+        return None
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_private:
+            return None
+    return getproxies_environment().get(address.scheme)
 
 
-def _kubeconfig_paths(kubeconfig: str | None) -> str | None:
-    """The kubeconfig files to read, or None where those of kubectl's default place are meant."""
-    return kubeconfig or os.environ.get("K8S_AUTH_KUBECONFIG") or os.environ.get("KUBECONFIG")
-
-
-def _context_name(context: str | None) -> str | None:
-    return context or os.environ.get("K8S_AUTH_CONTEXT") or None
-
-
-def kubectl_settings(kubeconfig: str | None = None, context: str | None = None) -> tuple[list[str], dict[str, str]]:
+def kubectl_settings(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Options and environment with which kubectl talks to the cluster of ``connection_from_environment``.
 
-    Call ``forget_temporary`` once kubectl has ended.
+    ``folder`` takes the kubeconfig of a cluster that is given by K8S_AUTH_HOST.
     """
     env = os.environ
-    paths = _kubeconfig_paths(kubeconfig)
-    if env.get("K8S_AUTH_HOST") and not kubeconfig:
-        found = connection_from_environment()
-        cluster: Json = {"server": found.server, "insecure-skip-tls-verify": not found.verify}
-        if found.ca_file and found.verify:
-            cluster["certificate-authority"] = found.ca_file
+    if env.get("K8S_AUTH_HOST"):
+        found = connection_from_environment().configuration
+        cluster: Json = {"server": found.host, "insecure-skip-tls-verify": not found.verify_ssl}
+        if found.ssl_ca_cert and found.verify_ssl:
+            cluster["certificate-authority"] = found.ssl_ca_cert
         given = {
             "token": env.get("K8S_AUTH_API_KEY"),
             "client-certificate": found.cert_file,
@@ -289,53 +198,14 @@ def kubectl_settings(kubeconfig: str | None = None, context: str | None = None) 
             "users": [{"name": "given", "user": {key: value for key, value in given.items() if value}}],
             "contexts": [{"name": "given", "context": {"cluster": "given", "user": "given"}}],
         }
-        return [], {**env, "KUBECONFIG": _temp(json.dumps(config).encode())}
-    options = ["--context", name] if (name := _context_name(context)) else []
-    if not paths:
-        return options, dict(env)
+        path = folder / "kubeconfig"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return [], {**env, "KUBECONFIG": str(path)}
+    options = ["--context", name] if (name := env.get("K8S_AUTH_CONTEXT")) else []
     # kubectl itself does not know ~.
-    expanded = os.pathsep.join(str(Path(path).expanduser()) for path in paths.split(os.pathsep) if path)
-    return options, {**env, "KUBECONFIG": expanded}
-
-
-def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
-    """Find the cluster: given settings first, then kubernetes.core's environment, kubectl's, and a pod's own account.
-
-    Raises KubeError with what was tried when nothing fits.
-    """
-    env = os.environ
-    host = env.get("K8S_AUTH_HOST")
-    if host and not kubeconfig:
-        verify = env.get("K8S_AUTH_VERIFY_SSL", "true").lower() not in ("0", "false", "no")
-        connection = Connection(server=host.rstrip("/"), ca_file=env.get("K8S_AUTH_SSL_CA_CERT"), verify=verify)
-        if env.get("K8S_AUTH_API_KEY"):
-            connection.headers["Authorization"] = f"Bearer {env['K8S_AUTH_API_KEY']}"
-        connection.cert_file, connection.key_file = env.get("K8S_AUTH_CERT_FILE"), env.get("K8S_AUTH_KEY_FILE")
-        return connection
-    paths = _kubeconfig_paths(kubeconfig)
-    default = Path("~/.kube/config").expanduser()
-    if not paths and not default.exists() and (_SERVICE_ACCOUNT / "token").exists():
-        connection = Connection(
-            server=f"https://{env['KUBERNETES_SERVICE_HOST']}:{env['KUBERNETES_SERVICE_PORT']}",
-            ca_file=f"{_SERVICE_ACCOUNT}/ca.crt",
-            source=partial(_token_file, _SERVICE_ACCOUNT / "token"),
-        )
-        connection.renew()
-        return connection
-    return _from_kubeconfig(paths or str(default), _context_name(context))
-
-
-def _proxy_of(connection: Connection) -> str | None:
-    """The kubeconfig's proxy, or the environment's (HTTPS_PROXY, NO_PROXY), as kubectl takes them; but none for a
-    private address, which is seldom a proxy's to reach."""
-    server = urlsplit(connection.server)
-    host = server.hostname or ""
-    if connection.proxy_url or host == "localhost" or proxy_bypass(host):
-        return connection.proxy_url
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_private:
-            return None
-    return getproxies_environment().get(server.scheme)
+    expanded = os.pathsep.join(str(Path(path).expanduser()) for path in _paths(None).split(os.pathsep) if path)
+    return options, {**env, "KUBECONFIG": expanded} if expanded else dict(env)
 
 
 @dataclass(frozen=True)
@@ -365,9 +235,7 @@ class Cluster:
         self.connection = connection
         self.warnings: list[str] = []
         self._discovered: dict[str, dict[str, Resource]] = {}
-        self._renewing = threading.Lock()
         self._limits: Json = {
-            "maxsize": 8,
             "timeout": urllib3.Timeout(connect=10.0, read=timeout),
             "retries": urllib3.Retry(
                 total=retries, connect=min(retries, 2), read=0, backoff_factor=0.3, allowed_methods=None
@@ -376,30 +244,7 @@ class Cluster:
         self._pool = self._open()
 
     def _open(self) -> Any:
-        connection, options = self.connection, dict(self._limits)
-        if connection.server.startswith("https"):
-            options |= {
-                "ca_certs": connection.ca_file,
-                "cert_reqs": "CERT_REQUIRED" if connection.verify else "CERT_NONE",
-            }
-            options |= {"cert_file": connection.cert_file, "key_file": connection.key_file}
-            if connection.server_name:
-                options |= {"server_hostname": connection.server_name, "assert_hostname": connection.server_name}
-            if not connection.verify:
-                urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        if proxy := _proxy_of(connection):
-            return urllib3.ProxyManager(proxy, **options)
-        return urllib3.PoolManager(**options)
-
-    def _renew(self, renewals: int) -> None:
-        """Take a new credential, unless another thread has since the count of ``renewals`` was read."""
-        connection = self.connection
-        with self._renewing:
-            if connection.renewals == renewals:
-                certificate = connection.cert_file
-                connection.renew()
-                if connection.cert_file != certificate:
-                    self._pool = self._open()
+        return RESTClientObject(self.connection.configuration, maxsize=8).pool_manager
 
     def request(
         self,
@@ -421,20 +266,19 @@ class Cluster:
         if body is not None:
             payload = json.dumps(body).encode()
             headers["Content-Type"] = content_type
-        renewals = connection.renewals
-        if connection.renew_at is not None and time.time() >= connection.renew_at:
-            self._renew(renewals)
 
         def send() -> Any:
+            sent = {**connection.headers(), **headers}
             try:
-                return self._pool.request(method, url, body=payload, headers={**connection.headers, **headers})
+                return self._pool.request(method, url, body=payload, headers=sent, **self._limits)
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 raise KubeError(f"the API server {connection.server} does not answer: {error}") from error
 
         renewals = connection.renewals
         answer = send()
-        if answer.status == 401 and connection.source:
-            self._renew(renewals)
+        if answer.status == 401:
+            connection.renew(renewals)
+            self._pool = self._open()
             answer = send()
         for warning in answer.headers.getlist("Warning"):
             text = warning.split('"')[1] if '"' in warning else warning
@@ -531,7 +375,7 @@ class ClusterToCome(Cluster):
     """A cluster that an earlier stage would make: what check mode compares with before the first run. Knows no kind."""
 
     def __init__(self) -> None:
-        super().__init__(Connection(server="http://cluster-to-come.invalid"))
+        self.warnings = []
 
     def resource(self, api_version: str, kind: str, refresh: bool = False) -> Resource | None:
         """None: nothing is there yet."""

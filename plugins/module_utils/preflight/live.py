@@ -16,8 +16,8 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     ApiError,
     Cluster,
     KubeError,
+    certificates_removed,
     connection_from_environment,
-    forget_temporary,
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.account import check_account
 from ansible_collections.rayplane.platform.plugins.module_utils.preflight.hub import no_weights
@@ -251,20 +251,21 @@ def _context(path: str, merged: Mapping[str, Sequence[Any]], name: str, variable
 
 def check_cluster(path: str, context: str) -> Iterator[Problem]:
     """The API server of the kubeconfig's context answers, and knows the user; asked by the client of the modules."""
+    with certificates_removed():
+        yield from _check_cluster(path, context)
+
+
+def _check_cluster(path: str, context: str) -> Iterator[Problem]:
     name = "platform_kubeconfig"
     try:
         connection = connection_from_environment(path, context or None)
-        for file in (connection.ca_file, connection.cert_file, connection.key_file):
-            if file and not Path(file).is_file():
-                raise KubeError(f"there is no file {file}")
-    except (KubeError, OSError, LookupError, ValueError) as error:
+    except KubeError as error:
         yield Problem(
             name,
             path,
             f"the Kubernetes client cannot use it: {_sentence(error)}",
             "correct the entry, or write the kubeconfig again",
         )
-        forget_temporary()
         return
     server = connection.server
     try:
@@ -297,8 +298,6 @@ def check_cluster(path: str, context: str) -> Iterator[Problem]:
                 f"no API server answers at {server}: {reason}",
                 "start the cluster, connect to its network, or name another context in platform_kube_context",
             )
-    finally:
-        forget_temporary()
 
 
 def check_model_folders(values: Values) -> Iterator[Problem]:
