@@ -61,6 +61,7 @@ lint: bootstrap ## Lint Ansible, YAML, Python and shell
 	@echo "==> shellcheck";   shellcheck tools/*.sh .ci/run
 	@echo "==> yamllint";     yamllint --strict .
 	@echo "==> ansible-lint"; ansible-lint --offline
+	@echo "==> ansible-test"; tools/sanity.sh
 
 coverage: bootstrap ## Run the gateway's tests and show what they reach (at least 90 %)
 	@pytest tests/gateway --cov --cov-report=term --cov-fail-under=90 $(ARGS)

@@ -15,8 +15,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".collections"))
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import model_gpu
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import GIB, need, shape_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.memory import model_gpu
 
 DOCUMENT = ROOT / "docs/memory.md"
 INVENTORIES = ("dev", "staging", "prod")

@@ -1,15 +1,6 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Report what differs from what is declared: on the screen, and as ``drift.json`` and ``drift.md`` in a folder.
-
-Arguments of the task:
-
-``folder``    where the files go; without it none are written
-``begin``     only note that nothing has been compared yet, so that no earlier report is taken for this run's
-
-Result: ``status`` (``clean``, ``drift`` or ``incomplete``), ``differences`` and ``not_compared`` (how many), and
-``sentence``. With a folder, the custom statistic ``exit_code`` is that of the run: 0, 2 or 1.
-"""
+"""Show and write the report of drift. An action plugin, because it looks at all hosts' variables."""
 
 from __future__ import annotations
 

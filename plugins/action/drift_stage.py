@@ -1,10 +1,7 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Note what a stage in check mode found, for the report at the end of the run.
+"""Note what a stage found. An action plugin, because it looks at all results that the host's tasks registered.
 
-An action plugin, because it looks at all results that the host's tasks registered.
-
-Arguments of the task: ``stage``, the role; and where it failed ``task`` and ``result``, what Ansible says of it.
 The fact ``__drift_stages`` holds the stages so far; ``__drift_unreached`` says that the cluster cannot be asked.
 """
 

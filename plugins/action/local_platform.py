@@ -4,14 +4,6 @@
 
 An action plugin, because the platform is the controller's own machine and a module's output would be seen only after
 its end.
-
-Arguments of the task:
-
-``stage``     a stage of ``tools/rayplane_local/stages.py`` (check, packages, artefacts, services, images, cluster,
-addons), or ``down`` ``settings``  the values of ``rayplane_local.settings.Settings``
-
-Result: ``changed``, ``actions`` (what was done, or in check mode would be), ``seconds`` (of each piece of work, where
-there were several).
 """
 
 from __future__ import annotations

@@ -3,15 +3,6 @@
 """Check everything that can be checked before a cluster is touched, and report every problem in one pass.
 
 An action plugin, because only the controller sees all variables of a host, also those no role reads.
-It changes nothing, so it runs the same way in check mode.
-
-Arguments of the task:
-
-``scope``    ``declared`` (inventory, controller), ``live`` (credentials, kubeconfig, cluster), or ``all``
-``project``  the project's folder: roles/, pyproject.toml
-
-Result: ``problem_count``, ``warning_count``; with -v or ``register`` also ``problems`` and ``preflight_warnings``,
-lists of ``{variable, value, reason, cure, where}``.
 """
 
 from __future__ import annotations
@@ -30,11 +21,12 @@ from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import access, environment, hub, live
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.account import STAND_IN
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import check_images
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.platform import PLATFORMS
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.ansible_private import Origin
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import access, environment, hub, live
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.account import STAND_IN
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.images import check_images
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.platform import PLATFORMS
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import (
     ABSENT,
     Problem,
     nearest,
@@ -42,11 +34,10 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.proble
     split_path,
     step,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules import check_declared, required_tools
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options, check_unknown
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import Respelled
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import whole
-from ansible_collections.rayplane.platform.plugins.plugin_utils.ansible_private import Origin
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.rules import check_declared, required_tools
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import check_options, check_unknown
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.text import Respelled
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import whole
 
 # What the live side asks with, and the modules after it too. Ansible loads an action in the process that it forks for
 # every task, so this is imported once in a run; that it is missing is among the problems that are found.

@@ -1,12 +1,6 @@
 # Copyright (c) rayplane contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Show a secret on the screen, once: it goes into no log file and into no result.
-
-An action plugin, because only the controller has a screen. Give its task ``no_log``, so that no callback sees the
-argument either. Whoever keeps what a run printed (AWX does) keeps the secret too: there, have it written to a file.
-
-Argument of the task: ``text``. In check mode nothing is shown.
-"""
+"""Show a secret on the screen. An action plugin, because only the controller has a screen."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import environment as surroundings
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import environment as surroundings
 from conftest import PROJECT
 
 from tests.packed import clean_environment, installed, playbook, run_as_awx, unpacked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.rayplane.platform.plugins.action.rayplane_preflight import FACTS
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules import check_declared
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.rules import check_declared
 from conftest import PROJECT
 
 DOCUMENTS = sorted(

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import (
     ABSENT,
     Problem,
     is_secret,
@@ -16,7 +16,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.proble
     split_path,
     step,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options, check_unknown
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import check_options, check_unknown
 from hypothesis import given
 from hypothesis import strategies as st
 

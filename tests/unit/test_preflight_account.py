@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import vcpus_of
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import account
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.hub import check_hub, known_gated
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
 from ansible_collections.rayplane.platform.plugins.modules import aws_account
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import account
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.hub import check_hub, known_gated
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 from aws_fake import FakeClient, refusal
 from test_preflight_rules import found
 

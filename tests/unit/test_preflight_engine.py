@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.engine import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.engine import (
     check_type,
     engines,
     serving_release,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.exposure import exposure
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.exposure import exposure
 
 ARN = "arn:aws:acm:us-west-2:123456789012:certificate/0f3c2d1e-aaaa-bbbb-cccc-123456789abc"
 AWS = "service.beta.kubernetes.io/aws-load-balancer-"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.gateway import gateway
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.gateway import gateway
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
 from conftest import PROJECT
 
 DEFAULTS = yaml.safe_load((PROJECT / "roles/gateway/defaults/main.yml").read_text(encoding="utf-8"))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from ansible_collections.rayplane.platform.plugins.module_utils.images.registry import RegistryError
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import images as rayplane_preflight_images
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import check_images, images
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import images as rayplane_preflight_images
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.images import check_images, images
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 
 GOOD: dict[str, Any] = {
     "platform": "existing",

@@ -11,7 +11,6 @@ import memory_table
 import pytest
 import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import gpus_of_instance
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import gpu_memory, gpu_nodes, model_gpu
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import (
     GPUS,
     LABEL_OF_FAMILY,
@@ -19,6 +18,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus imp
     ray_name,
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import GIB, SHAPES, need, shape_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.memory import gpu_memory, gpu_nodes, model_gpu
 from conftest import PROJECT
 
 GPU = {gpu.name: gpu for gpu in GPUS}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.names import derived_names, kubernetes_names
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.names import derived_names, kubernetes_names
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_a_name_that_is_taken(changes: dict[str, Any]) -> None:
 
 def test_every_role_of_the_cluster_fits_where_its_name_is_longest() -> None:
     """A role that is added with a longer end has to be known to the rule."""
-    from ansible_collections.rayplane.platform.plugins.module_utils.preflight import names
+    from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import names
 
     text = "\n".join(file.read_text(encoding="utf-8") for file in ROLES.glob("*/vars/main.yml"))
     ends = re.findall(r'role: "\{\{ platform_cluster_name \}\}(-[a-z-]+)"', text)

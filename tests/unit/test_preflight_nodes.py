@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.nodes import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.nodes import (
     accelerators,
     autoscaler,
     encryption,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import machine, room
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.placement import placement
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.placement import placement
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 DEFAULTS: dict[str, Any] = {

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import gpus_of_instance
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.rules import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.rules import (
     RULES,
     check_declared,
     required_tools,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import check_options
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import check_options
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     DNS_LABEL,
     as_label,
     bucket_name_problem,
@@ -99,7 +99,7 @@ def found(**changes: Any) -> dict[str, Problem]:
     ],
 )
 def test_images_fit_the_machines(group: dict[str, Any], variable: str, warning: bool) -> None:
-    from ansible_collections.rayplane.platform.plugins.module_utils.preflight.platform import node_groups
+    from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.platform import node_groups
 
     found = list(node_groups({"platform": "aws", "eks_node_groups": [{"name": "g", **group}]}))
     assert [(problem.variable, problem.warning) for problem in found] == ([(variable, warning)] if variable else [])

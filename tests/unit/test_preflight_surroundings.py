@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import environment, live
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import environment, live
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 from botocore.exceptions import ClientError
 from conftest import PROJECT
 

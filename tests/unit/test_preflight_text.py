@@ -6,8 +6,8 @@ import datetime
 from typing import Any
 
 import pytest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import Respelled, texts
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.text import Respelled, texts
 from hypothesis import given
 from hypothesis import strategies as st
 

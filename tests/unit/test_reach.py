@@ -12,8 +12,8 @@ import pytest
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError
 from ansible_collections.rayplane.platform.plugins.module_utils.kube import reach
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import ApiError, KubeError
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight import access
 from ansible_collections.rayplane.platform.plugins.modules import eks_cluster, k8s_api_probe
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import access
 from aws_fake import Clock, FakeClient
 from conftest import connection_to
 from test_preflight_rules import found

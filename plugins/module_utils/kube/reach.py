@@ -9,10 +9,11 @@ import ipaddress
 import re
 import socket
 import ssl
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
+
+from ansible.module_utils.urls import open_url
 
 __all__ = ["admitted", "explain", "kind_of", "own_address", "source_address"]
 
@@ -30,8 +31,7 @@ def own_address(url: str) -> str:
     if not url:
         return ""
     try:
-        with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:  # noqa: S310 - the inventory's own setting
-            text = answer.read(100).decode().strip()
+        text = open_url(url, timeout=_PATIENCE).read(100).decode().strip()
         return str(ipaddress.ip_address(text))
     except (OSError, ValueError, http.client.HTTPException):
         return ""

@@ -14,8 +14,8 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 from ansible_collections.rayplane.platform.plugins.filter import rayplane_autoscaler, rayplane_gpu, rayplane_storage
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import gp3_problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem, split_path, step
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem, split_path, step
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     Values,
     entries_of,
     strings,

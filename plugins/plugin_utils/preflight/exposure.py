@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values, cidr_problems, whole
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values, cidr_problems, whole
 
 __all__ = ["exposure"]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.rayplane.platform.plugins.filter import rayplane_gateway, rayplane_serve
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values, bounds, whole
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values, bounds, whole
 
 __all__ = ["gateway"]
 

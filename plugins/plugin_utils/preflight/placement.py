@@ -22,14 +22,14 @@ from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances im
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.quantity import quantity
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.room import requests_of, tolerates
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import gpu_of_instance, gpus_named
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     Values,
     entries_of,
     strings,
     whole,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import gpu_of_instance, gpus_named
 
 __all__ = ["placement"]
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.reach import admitted, own_address
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     Values,
     cidr_problems,
     entries_of,

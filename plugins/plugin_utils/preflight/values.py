@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.quantity import quantity
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
 
 __all__ = [
     "DNS_1035_LABEL",

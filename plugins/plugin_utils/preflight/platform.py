@@ -15,8 +15,8 @@ from typing import Any
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import image_problem
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import gpus_of_instance
 from ansible_collections.rayplane.platform.plugins.module_utils.network.addresses import plan_subnets
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, nearest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, nearest
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     DNS_LABEL,
     Values,
     as_label,

@@ -17,8 +17,8 @@ from ansible_collections.rayplane.platform.plugins.module_utils.images.registry 
     parse,
     stored_credentials,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values, entries_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values, entries_of
 
 __all__ = ["check_images", "images"]
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.access import administrators, api_access
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.engine import engines
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.exposure import exposure
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.gateway import gateway
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.images import images
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import gpu_memory, gpu_nodes
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.names import derived_names, kubernetes_names
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.nodes import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.access import administrators, api_access
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.engine import engines
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.exposure import exposure
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.gateway import gateway
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.images import images
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.memory import gpu_memory, gpu_nodes
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.names import derived_names, kubernetes_names
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.nodes import (
     accelerators,
     autoscaler,
     encryption,
@@ -21,24 +21,24 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.nodes 
     storage,
     volumes,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.placement import placement
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.platform import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.placement import placement
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.platform import (
     buckets,
     network,
     node_groups,
     platform,
     platform_names,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.serving import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.serving import (
     models,
     operator,
     rayservice,
     secrets,
     worker_groups,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.text import texts
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.text import texts
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values
 
 __all__ = ["RULES", "check_declared", "required_tools"]
 

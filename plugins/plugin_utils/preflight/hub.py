@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.model_sync import has_weights, skipped
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     HUB_ID,
     Values,
     entries_of,
     strings,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.model_sync import has_weights, skipped
 
 __all__ = ["check_hub", "hub_models", "known_gated", "no_weights"]
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, nearest
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, nearest
 
 __all__ = [
     "KINDS",

@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.memory import model_gpu
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, step
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import KINDS, from_text, name_of
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import GPUS, Gpu, ray_name
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import config_of, shape_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.memory import model_gpu
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, step
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import KINDS, from_text, name_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     Values,
     bounds,
     bucket_name_problem,
@@ -28,8 +30,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values
     strings,
     whole,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import GPUS, Gpu, ray_name
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import config_of, shape_of
 
 __all__ = ["check_type", "engines", "serving_release"]
 

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.hub import hub_models
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, nearest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import ray_name
+from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import shape_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.hub import hub_models
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, nearest
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     DNS_1035_LABEL,
     DNS_LABEL,
     HUB_ID,
@@ -23,8 +25,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values
     taken_name,
     whole,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import ray_name
-from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import shape_of
 
 __all__ = [
     "models",

@@ -12,9 +12,9 @@ from typing import Any
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.account import bucket_suffix
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import OWNER_TAG, explain, tag_dict
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.instances import vcpus_of
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.access import is_administrator
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.access import is_administrator
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
     Values,
     entries_of,
     strings,

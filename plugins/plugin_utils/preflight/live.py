@@ -19,11 +19,11 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
     certificates_removed,
     connection_from_environment,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.account import check_account
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.hub import no_weights
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem, nearest
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values, entries_of
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory import folder
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.account import check_account
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.hub import no_weights
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, nearest
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values, entries_of
 
 __all__ = ["check_aws", "check_cluster", "check_kubeconfig", "check_model_folders"]
 

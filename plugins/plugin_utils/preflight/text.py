@@ -12,15 +12,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.engine import serving_release
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import (
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.engine import serving_release
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import (
     ABSENT,
     Problem,
     is_secret,
     nearest,
 )
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.specs import from_text, name_of
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import Values, entries_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import from_text, name_of
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import Values, entries_of
 
 __all__ = ["Respelled", "texts"]
 

@@ -10,13 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import node_labels
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.problem import ABSENT, Problem
-from ansible_collections.rayplane.platform.plugins.module_utils.preflight.values import (
-    Values,
-    entries_of,
-    strings,
-    whole,
-)
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.gpus import (
     GPU_LABEL,
     GPUS,
@@ -33,6 +26,13 @@ from ansible_collections.rayplane.platform.plugins.module_utils.serving.memory i
     need,
     shape_of,
     sum_line,
+)
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.values import (
+    Values,
+    entries_of,
+    strings,
+    whole,
 )
 
 __all__ = ["gpu_memory", "gpu_nodes", "model_gpu"]
