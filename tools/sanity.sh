@@ -25,7 +25,7 @@ cd "$tree/rayplane/platform"
 # The licence is Apache-2.0; redirections lead to the actions in_process*; a port-forward runs beside its module.
 mkdir -p tests/sanity
 {
-  for file in plugins/{callback,inventory}/*.py plugins/modules/*; do echo "$file validate-modules:missing-gplv3-license"; done
+  for file in plugins/{callback,inventory,lookup}/*.py plugins/modules/*; do echo "$file validate-modules:missing-gplv3-license"; done
   for file in plugins/action/in_process*.py; do echo "$file action-plugin-docs"; done
   echo "plugins/modules/openai_smoke.py validate-modules:use-run-command-not-popen"
 } > "tests/sanity/ignore-$(ansible-test --version | sed -E 's/.* ([0-9]+\.[0-9]+)\..*/\1/').txt"

@@ -1,4 +1,4 @@
-"""Write the variable tables of the roles' READMEs from their argument specs, or check that they are up to date.
+"""Write the variable tables of the roles' READMEs from argument specs and defaults, or check that they are up to date.
 
     python tools/spec_docs.py [role ...]    write, for all roles or those named
     python tools/spec_docs.py --check       write nothing, exit 1 and name the READMEs that are out of date
@@ -23,10 +23,11 @@ LONGEST_DEFAULT = 80
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def table(options: Mapping[str, Any]) -> str:
-    """A Markdown table of a spec's options, nested ones below their parent."""
+def table(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """A Markdown table of a spec's options with the role's defaults, nested options below their parent."""
     rows = ["| Variable | Type | Default | Description |", "| --- | --- | --- | --- |"]
-    rows += [f"| {' | '.join(cells)} |" for cells in _rows(options, "")]
+    with_defaults = {name: {**option, "default": defaults.get(name)} for name, option in options.items()}
+    rows += [f"| {' | '.join(cells)} |" for cells in _rows(with_defaults, "")]
     return "\n".join(rows)
 
 
@@ -92,7 +93,9 @@ def readmes(project: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted((project / "roles").glob("*/meta/argument_specs.yml")):
         folder = file.parents[1]
         spec = next(iter(yaml.safe_load(file.read_text(encoding="utf-8"))["argument_specs"].values()))
-        body = table(spec.get("options") or {})
+        defaults_file = folder / "defaults" / "main.yml"
+        defaults = yaml.safe_load(defaults_file.read_text(encoding="utf-8")) if defaults_file.is_file() else {}
+        body = table(spec.get("options") or {}, defaults)
         readme = folder / "README.md"
         old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
         yield readme, document(old, folder.name, spec, section(body))

@@ -39,10 +39,9 @@ PLAYBOOK = [
 
 
 def settings(**changes: Any) -> Json:
-    """The role's defaults, as its vars hand them to the filters."""
+    """The role's defaults, as the role hands them to the filters."""
     defaults = yaml.safe_load((ROOT / "roles/gpu_plugin/defaults/main.yml").read_text())
-    names = yaml.safe_load((ROOT / "roles/gpu_plugin/vars/main.yml").read_text())["__gpu_plugin_settings"]
-    return {key: defaults[f"gpu_plugin_{key}"] for key in names} | changes
+    return {name.removeprefix("gpu_plugin_"): value for name, value in defaults.items()} | changes
 
 
 def variants() -> Iterator[Json]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from .conftest import Runner
 
 
-def test_the_clouds_storage_classes_are_accepted(api: Path, run: Runner) -> None:
+def test_the_clouds_storage_classes_are_accepted(api: Path, run: Runner, tmp_path: Path) -> None:
+    play = tmp_path / "play.yml"
+    play.write_text("- {hosts: clusters, gather_facts: false, roles: [platform, storage_class]}\n")
     values = json.dumps({"storage_class_enabled": True, "storage_class_efs_enabled": False})
-    role = ("clusters", "-i", "inventories/local", "-m", "ansible.builtin.include_role", "-a", "name=storage_class")
-    done = run("ansible", *role, "-e", values, "--check", env={"K8S_AUTH_KUBECONFIG": str(api)}).expect_success()
+    arguments = (str(play), "-i", "inventories/local", "--check", "-e", values)
+    done = run("ansible-playbook", *arguments, env={"K8S_AUTH_KUBECONFIG": str(api)}).expect_success()
     assert "StorageClass gp3" in done.output

@@ -311,7 +311,7 @@ def test_every_tag_that_chooses_the_images_has_them_made() -> None:
 HOSTS = """
 clusters:
   vars: {ansible_connection: local, ansible_python_interpreter: "{{ ansible_playbook_python }}",
-         platform: existing, platform_module_environment: {K8S_AUTH_HOST: "http://127.0.0.1:1"}}
+         platform: existing, platform_module_environment: {K8S_AUTH_HOST: "http://127.0.0.1:1", K8S_AUTH_API_KEY: key}}
   hosts: {one: {}, two: {}}
 embedded: {}
 """

@@ -33,7 +33,7 @@ def deploy(server: Server, folder: Path, enabled: bool) -> subprocess.CompletedP
     (folder / "helm").chmod(0o755)
     (folder / "chart").mkdir(exist_ok=True)
     (folder / "chart" / "Chart.yaml").write_text("name: x")
-    where = {"K8S_AUTH_HOST": f"http://127.0.0.1:{server.server_address[1]}"}
+    where = {"K8S_AUTH_HOST": f"http://127.0.0.1:{server.server_address[1]}", "K8S_AUTH_API_KEY": "key"}
     play = {"hosts": "all", "gather_facts": False, "environment": where, "roles": ["load_balancer_controller"]}
     (folder / "play.yml").write_text(json.dumps([play]))
     values: dict[str, Any] = {

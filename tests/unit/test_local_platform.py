@@ -80,12 +80,12 @@ def test_settings_refuse_what_cannot_work(tmp_path: Path, values: dict[str, str]
 
 def test_the_role_hands_over_settings_that_exist() -> None:
     role = PROJECT / "roles" / "local_platform"
-    handed = yaml.safe_load((role / "vars" / "main.yml").read_text())["__local_platform_settings"]
-    assert set(handed) <= set(Settings.__dataclass_fields__)
     defaults = yaml.safe_load((role / "defaults" / "main.yml").read_text())
-    plain = {name: defaults[f"local_platform_{name}"] for name in handed if f"local_platform_{name}" in defaults}
+    handed = {name.removeprefix("local_platform_"): value for name, value in defaults.items()}
+    fresh = Settings.from_mapping({**handed, "home": "/"})
+    assert fresh.release_bases == {name: handed[f"release_base_{name}"] for name in ("kubernetes", "etcd")}
     fresh = Settings(home=Path("/"))
-    same = {name: value for name, value in plain.items() if "{{" not in str(value)}
+    same = {name: value for name, value in handed.items() if "{{" not in str(value)}
     for name in ("source", "address", "pod_subnet", "service_subnet", "emulator_port", "ray_image", "keep_build_cache"):
         assert same[name] == getattr(fresh, name)
 

@@ -28,11 +28,11 @@ SHARED = {"nvidia.com/gpu": 4}
 
 
 def settings(**changes: Any) -> Json:
-    """The role's defaults, as its vars hand them to the filters."""
+    """The role's defaults, as the role hands them to the filters."""
     defaults = yaml.safe_load((PROJECT / "roles/gpu_plugin/defaults/main.yml").read_text())
-    names = yaml.safe_load((PROJECT / "roles/gpu_plugin/vars/main.yml").read_text())["__gpu_plugin_settings"]
+    names = {name.removeprefix("gpu_plugin_"): value for name, value in defaults.items()}
     assert changes.keys() <= names.keys()
-    return {key: defaults[f"gpu_plugin_{key}"] for key in names} | changes
+    return names | changes
 
 
 def daemon_set(name: str, **changes: Any) -> Json:

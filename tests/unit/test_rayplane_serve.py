@@ -43,10 +43,9 @@ SMALL: dict[str, Any] = {
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """The role's defaults, as its vars hand them to the filters."""
+    """The role's defaults, as the role hands them to the filters."""
     defaults = yaml.safe_load((PROJECT / "roles/rayservice/defaults/main.yml").read_text())
-    names = yaml.safe_load((PROJECT / "roles/rayservice/vars/main.yml").read_text())["__rayservice_settings"]
-    values = {key: defaults.get(f"rayservice_{key}") for key in names}
+    values = {name.removeprefix("rayservice_"): value for name, value in defaults.items()}
     return {**values, "namespace": "llm", "labels": {"app.kubernetes.io/component": "rayservice"}, **changes}
 
 

@@ -70,11 +70,12 @@ class Settings:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
         """Build settings from plain values; an unknown name is an error, so that nothing is silently ignored."""
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        given = dict(values)
+        bases = {name: given.pop(f"release_base_{name}", "") for name in ("kubernetes", "etcd")}
+        given = {"release_bases": bases, **given}
+        unknown = sorted(set(given) - {item.name for item in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown settings of the local platform: {', '.join(unknown)}")
-        given = dict(values)
         given["home"] = Path(given["home"]).expanduser()
         if not given["home"].is_absolute():
             raise ValueError(f"the local platform's home must be an absolute path, not {given['home']}")
