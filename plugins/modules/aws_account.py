@@ -23,10 +23,7 @@ options:
     type: list
     elements: str
     default: []
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -50,7 +47,6 @@ bucket_suffix:
 
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.account import bucket_suffix
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, run
 
@@ -65,14 +61,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "old_buckets": {"type": "list", "elements": "str", "default": []},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

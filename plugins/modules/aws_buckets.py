@@ -108,10 +108,7 @@ options:
     description: With O(state=absent), whether buckets that hold objects are emptied and deleted.
     type: bool
     default: false
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -149,7 +146,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
@@ -163,7 +159,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import 
 )
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import concurrently
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.policy import (
-    LOG_WRITERS,
     VERSION,
     by_statement,
     log_statements,
@@ -601,36 +596,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    replication = {
-        "bucket": {"type": "str", "required": True},
-        "role_arn": {"type": "str", "required": True},
-        "prefix": {"type": "str", "default": ""},
-        "kms_key_id": {"type": "str", "default": "", "no_log": False},
-        "storage_class": {"type": "str", "default": ""},
-    }
-    bucket = {
-        "name": {"type": "str", "required": True},
-        "region": {"type": "str", "default": ""},
-        "versioning": {"type": "bool", "default": True},
-        "kms_key_id": {"type": "str", "default": "", "no_log": False},
-        "tls_only": {"type": "bool", "default": True},
-        "policy_statements": {"type": "list", "elements": "dict", "default": []},
-        "lifecycle": {"type": "list", "elements": "dict", "default": []},
-        "log_writers": {"type": "list", "elements": "str", "choices": list(LOG_WRITERS), "default": []},
-        "access_logs": {"type": "dict"},
-        "replication": {"type": "dict", "options": replication},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "buckets": {"type": "list", "elements": "dict", "required": True, "options": bucket},
-            "tags": {"type": "dict", "default": {}},
-            "destroy_data": {"type": "bool", "default": False},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

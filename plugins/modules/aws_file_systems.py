@@ -94,10 +94,7 @@ options:
     description: Longest wait for one file system or mount target, in seconds.
     type: int
     default: 600
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -129,7 +126,6 @@ kept:
 
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
@@ -521,32 +517,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    days = [0, 1, 7, 14, 30, 60, 90, 180, 270, 365]
-    system = {
-        "name": {"type": "str", "required": True},
-        "kms_key_id": {"type": "str", "default": "", "no_log": False},
-        "performance_mode": {"type": "str", "choices": ["generalPurpose", "maxIO"], "default": "generalPurpose"},
-        "throughput_mode": {"type": "str", "choices": ["elastic", "bursting", "provisioned"], "default": "elastic"},
-        "provisioned_mibps": {"type": "int", "default": 0},
-        "ia_days": {"type": "int", "choices": days, "default": 30},
-        "archive_days": {"type": "int", "choices": days, "default": 0},
-        "back_on_access": {"type": "bool", "default": True},
-        "backup": {"type": "bool", "default": False},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent", "found"], "default": "present"},
-            "file_systems": {"type": "list", "elements": "dict", "required": True, "options": system},
-            "subnet_ids": {"type": "list", "elements": "str", "default": []},
-            "client_cidrs": {"type": "list", "elements": "str", "default": []},
-            "tags": {"type": "dict", "default": {}},
-            "destroy_data": {"type": "bool", "default": False},
-            "wait_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

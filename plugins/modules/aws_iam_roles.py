@@ -80,10 +80,7 @@ options:
     description: Tags of every role.
     type: dict
     default: {}
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -119,7 +116,6 @@ kept:
 import json
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     REGION_TAG,
@@ -349,28 +345,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    role = {
-        "name": {"type": "str", "required": True},
-        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        "path": {"type": "str", "default": "/"},
-        "description": {"type": "str", "default": ""},
-        "trust": {"type": "dict", "default": {}},
-        "managed_policies": {"type": "list", "elements": "str", "default": []},
-        "kept_policies": {"type": "list", "elements": "str", "default": []},
-        "inline_policies": {"type": "dict", "default": {}},
-        "boundary": {"type": "str", "default": ""},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "roles": {"type": "list", "elements": "dict", "required": True, "options": role},
-            "prune_path": {"type": "str", "default": ""},
-            "tags": {"type": "dict", "default": {}},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,7 @@ options:
     description: Whether this cluster's rules and their targets that are no longer wanted are removed.
     type: bool
     default: true
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -92,7 +89,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
@@ -414,26 +410,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "queue_name": {"type": "str", "default": ""},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "optional": {"type": "bool", "default": False},
-            "events": {
-                "type": "list",
-                "elements": "str",
-                "choices": list(EVENTS),
-                "default": list(EVENTS),
-            },
-            "retention_s": {"type": "int", "default": 300},
-            "kms_key_id": {"type": "str", "default": "", "no_log": False},
-            "tags": {"type": "dict", "default": {}},
-            "purge": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -82,10 +82,7 @@ options:
     type: list
     elements: str
     default: []
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -120,7 +117,6 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     ROLE_TAG,
@@ -525,32 +521,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    key = {
-        "alias": {"type": "str", "required": True},
-        "description": {"type": "str", "default": ""},
-        "rotation": {"type": "bool", "default": True},
-        "rotation_days": {"type": "int", "default": 365},
-        "users": {
-            "type": "list",
-            "elements": "str",
-            "choices": ["logs", "autoscaling", "ebs", "log_delivery", "events"],
-            "default": ["logs", "autoscaling", "ebs"],
-        },
-        "volume_roles": {"type": "list", "elements": "str", "default": []},
-        "policy_statements": {"type": "list", "elements": "dict", "default": []},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "keys": {"type": "list", "elements": "dict", "required": True, "options": key, "no_log": False},
-            "tags": {"type": "dict", "default": {}},
-            "pending_days": {"type": "int", "default": 30},
-            "keep_for_buckets": {"type": "list", "elements": "str", "default": [], "no_log": False},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

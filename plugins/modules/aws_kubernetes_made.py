@@ -46,10 +46,7 @@ options:
     description: Longest wait in seconds, in all with O(state=released), for one kind with O(state=absent).
     type: int
     default: 600
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -75,7 +72,6 @@ left:
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run, wait_until
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import (
     KARPENTER_TAGS,
@@ -340,18 +336,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["released", "absent"], "default": "absent"},
-            "retained_volumes": {"type": "dict", "default": {}},
-            "volumes": {"type": "bool", "default": True},
-            "keep_logs": {"type": "bool", "default": False},
-            "wait_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

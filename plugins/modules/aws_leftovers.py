@@ -44,10 +44,7 @@ options:
     description: Whether something that is left for no known reason is a failure. In check mode it never is.
     type: bool
     default: true
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -83,7 +80,6 @@ summary:
 
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.sweep import KEEP_TAG, PVC_TAGS, Item, Sweep
 
@@ -143,19 +139,7 @@ def _plain(item: Item) -> dict[str, str]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "names": {"type": "list", "elements": "str", "default": []},
-            "keep_data": {"type": "bool", "default": True},
-            "keep_volumes": {"type": "bool", "default": False},
-            "keep_logs": {"type": "bool", "default": False},
-            "kept": {"type": "dict", "default": {}},
-            "fail_on_rest": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -255,10 +255,7 @@ options:
     description: Longest wait for one slow resource (NAT gateways, endpoints), in seconds.
     type: int
     default: 600
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -341,7 +338,6 @@ flow_log_pending:
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Changes, PlatformError, run
 from ansible_collections.rayplane.platform.plugins.module_utils.network.bastion import SSM_SERVICES, Bastion
 from ansible_collections.rayplane.platform.plugins.module_utils.network.core import Context
@@ -490,78 +486,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    text_list = {"type": "list", "elements": "str", "default": []}
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "part": {"type": "str", "choices": ["all", "flow_logs"], "default": "all"},
-            "name": {"type": "str", "default": ""},
-            "existing_vpc_id": {"type": "str", "default": ""},
-            "existing_vpc_tags": {"type": "dict", "default": {}},
-            "existing_private_subnet_ids": text_list,
-            "existing_public_subnet_ids": text_list,
-            "vpc_cidr": {"type": "str", "default": "10.0.0.0/16"},
-            "availability_zones": text_list,
-            "private_subnet_cidrs": text_list,
-            "public_subnets": {"type": "bool", "default": True},
-            "public_subnet_cidrs": text_list,
-            "intra_subnets": {"type": "bool", "default": False},
-            "intra_subnet_cidrs": text_list,
-            "nat_mode": {"type": "str", "choices": ["none", "single", "per_zone"], "default": "single"},
-            "s3_endpoint": {"type": "bool", "default": True},
-            "interface_endpoints": text_list,
-            "foreign_routes": text_list,
-            "security_group_rules": {
-                "type": "list",
-                "elements": "dict",
-                "default": [],
-                "options": {
-                    "protocol": {"type": "str", "default": "tcp"},
-                    "from_port": {"type": "int", "required": True},
-                    "to_port": {"type": "int", "required": True},
-                    "cidr": {"type": "str", "required": True},
-                },
-            },
-            "flow_logs": {"type": "bool", "default": False},
-            "flow_logs_destination": {"type": "str", "choices": ["cloudwatch", "s3"], "default": "cloudwatch"},
-            "flow_logs_bucket": {"type": "str", "default": ""},
-            "flow_logs_bucket_later": {"type": "bool", "default": False},
-            "flow_logs_retention_days": {"type": "int", "default": 30},
-            "flow_logs_kms_key_arn": {"type": "str", "default": "", "no_log": False},
-            "flow_logs_traffic": {"type": "str", "choices": ["ALL", "ACCEPT", "REJECT"], "default": "ALL"},
-            "flow_logs_interval": {"type": "int", "choices": [60, 600], "default": 600},
-            "peerings": {
-                "type": "list",
-                "elements": "dict",
-                "default": [],
-                "options": {
-                    "name": {"type": "str", "default": ""},
-                    "vpc_id": {"type": "str", "required": True},
-                    "owner_id": {"type": "str", "default": ""},
-                    "region": {"type": "str", "default": ""},
-                    "cidrs": {"type": "list", "elements": "str", "required": True},
-                    "dns": {"type": "bool", "default": False},
-                },
-            },
-            "admin_access": {"type": "str", "choices": ["ssm", "bastion", "none"], "default": "none"},
-            "bastion_instance_type": {"type": "str", "default": "t3.nano"},
-            "bastion_ami_parameter": {
-                "type": "str",
-                "default": "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64",
-            },
-            "bastion_ami_id": {"type": "str", "default": ""},
-            "bastion_allowed_cidrs": text_list,
-            "bastion_key_name": {"type": "str", "default": "", "no_log": False},
-            "bastion_kms_key_arn": {"type": "str", "default": "", "no_log": False},
-            "tags": {"type": "dict", "default": {}},
-            "private_subnet_tags": {"type": "dict", "default": {}},
-            "public_subnet_tags": {"type": "dict", "default": {}},
-            "wait_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,7 @@ options:
     type: list
     elements: str
     required: true
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -41,7 +38,6 @@ actions:
 
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, run
 
 # What IAM answers where the role is there: another run may have made it since it was looked for.
@@ -66,10 +62,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={"services": {"type": "list", "elements": "str", "required": True}}, supports_check_mode=True
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError, run
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError, run_with
 from ansible_collections.rayplane.platform.plugins.module_utils.images.registry import (
     Credentials,
     RegistryError,
@@ -427,28 +428,12 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec={
-            "repository": {"type": "str"},
-            "ecr_repository": {"type": "str"},
-            "containerfile": {"type": "path", "required": True},
-            "context": {"type": "path", "required": True},
-            "files": {"type": "list", "elements": "str", "default": []},
-            "texts": {"type": "dict", "default": {}},
-            "base": {"type": "str", "required": True},
-            "platform": {"type": "str", "default": "linux/amd64"},
-            "edition": {"type": "str", "default": ""},
-            "tool": {"type": "str", "choices": ["auto", *TOOLS], "default": "auto"},
-            "username": {"type": "str", "default": ""},
-            "password": {"type": "str", "default": "", "no_log": True},
-            "pip_index_url": {"type": "str", "default": "", "no_log": True},
-            "ca_file": {"type": "str", "default": ""},
-            "timeout": {"type": "int", "default": 1800},
-        },
+        argument_spec=argument_spec(DOCUMENTATION, secret=("password", "pip_index_url")),
         required_one_of=[("repository", "ecr_repository")],
         mutually_exclusive=[("repository", "ecr_repository")],
         supports_check_mode=True,
     )
-    run(module, reconcile)
+    run_with(module, reconcile)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,7 @@ options:
     description: Tags of every repository.
     type: dict
     default: {}
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -73,7 +70,6 @@ actions:
 import json
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
@@ -227,20 +223,7 @@ def reconcile(module: Any, changes: Changes) -> Json:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "repositories": {"type": "list", "elements": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "scan_on_push": {"type": "bool", "default": True},
-            "untagged_days": {"type": "int", "default": 7},
-            "keep_images": {"type": "int", "default": 50},
-            "kms_key": {"type": "str", "default": "", "no_log": False},
-            "tags": {"type": "dict", "default": {}},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,7 @@ options:
     description: Whether entries that this module made and that are no longer listed are removed.
     type: bool
     default: true
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -102,7 +99,6 @@ foreign:
 
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -256,28 +252,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    policy = {
-        "policy": {"type": "str", "required": True},
-        "namespaces": {"type": "list", "elements": "str", "default": []},
-    }
-    entry = {
-        "principal_arn": {"type": "str", "required": True},
-        "type": {"type": "str", "default": "STANDARD"},
-        "username": {"type": "str", "default": ""},
-        "groups": {"type": "list", "elements": "str", "default": []},
-        "policies": {"type": "list", "elements": "dict", "default": [], "options": policy},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "entries": {"type": "list", "elements": "dict", "default": [], "options": entry},
-            "creator_is_admin": {"type": "bool", "default": True},
-            "tags": {"type": "dict", "default": {}},
-            "purge": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

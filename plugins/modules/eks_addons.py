@@ -90,10 +90,7 @@ options:
     description: Longest wait for one add-on, in seconds.
     type: int
     default: 1200
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -127,7 +124,6 @@ import json
 from typing import Any
 
 import yaml
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -384,29 +380,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    identity = {"service_account": {"type": "str", "required": True}, "role_arn": {"type": "str", "required": True}}
-    addon = {
-        "name": {"type": "str", "required": True},
-        "version": {"type": "str", "default": ""},
-        "configuration": {"type": "dict", "default": {}},
-        "role_arn": {"type": "str", "default": ""},
-        "pod_identities": {"type": "list", "elements": "dict", "default": [], "options": identity},
-        "resolve_conflicts": {"type": "str", "choices": ["NONE", "OVERWRITE", "PRESERVE"], "default": "OVERWRITE"},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "addons": {"type": "list", "elements": "dict", "default": [], "options": addon},
-            "role_arns": {"type": "dict", "default": {}},
-            "tags": {"type": "dict", "default": {}},
-            "kubernetes_version": {"type": "str", "default": ""},
-            "wait_for": {"type": "list", "elements": "str", "default": []},
-            "purge": {"type": "bool", "default": True},
-            "wait_timeout": {"type": "int", "default": 1200},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -128,10 +128,7 @@ options:
     description: Longest wait for one step (creation, one update, deletion), in seconds.
     type: int
     default: 2400
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -176,7 +173,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     OWNER_TAG,
     Api,
@@ -608,36 +604,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent", "deletable"], "default": "present"},
-            "version": {"type": "str", "default": ""},
-            "role_arn": {"type": "str", "default": ""},
-            "subnet_ids": {"type": "list", "elements": "str", "default": []},
-            "security_group_ids": {"type": "list", "elements": "str", "default": []},
-            "endpoint_public_access": {"type": "bool", "default": True},
-            "endpoint_private_access": {"type": "bool", "default": True},
-            "public_access_cidrs": {"type": "list", "elements": "str", "default": []},
-            "private_access_cidrs": {"type": "list", "elements": "str", "default": []},
-            "private_access_vpc": {"type": "bool", "default": False},
-            "service_ipv4_cidr": {"type": "str", "default": ""},
-            "log_types": {"type": "list", "elements": "str", "choices": LOG_TYPES, "default": []},
-            "log_retention_days": {"type": "int", "default": 90},
-            "log_kms_key_arn": {"type": "str", "default": "", "no_log": False},
-            "encryption_key_arn": {"type": "str", "default": "", "no_log": False},
-            "authentication_mode": {"type": "str", "choices": MODES, "default": "API"},
-            "creator_is_admin": {"type": "bool", "default": True},
-            "support_type": {"type": "str", "choices": ["", "STANDARD", "EXTENDED"], "default": ""},
-            "deletion_protection": {"type": "bool", "default": False},
-            "zonal_shift": {"type": "bool", "default": False},
-            "security_group_tags": {"type": "dict", "default": {}},
-            "tags": {"type": "dict", "default": {}},
-            "wait_timeout": {"type": "int", "default": 2400},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

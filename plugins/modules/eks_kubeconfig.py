@@ -45,10 +45,7 @@ options:
     description: AWS profile that the program uses; not the module's own.
     type: str
     default: ""
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -79,7 +76,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -204,19 +200,7 @@ def _write(module: Any, path: Path, text: str) -> None:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "cluster_name": {"type": "str", "required": True},
-            "path": {"type": "path", "required": True},
-            "context": {"type": "str", "default": ""},
-            "command": {"type": "list", "elements": "str", "default": []},
-            "fallback": {"type": "str", "default": ""},
-            "token_profile": {"type": "str", "default": "", "no_log": False},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,7 @@ options:
       desired:
         description: Nodes at that moment; afterwards the autoscaler decides within the bounds.
         type: int
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -81,7 +78,6 @@ actions:
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -244,24 +240,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    schedule = {
-        "name": {"type": "str", "required": True},
-        "node_group": {"type": "str", "required": True},
-        "recurrence": {"type": "str", "required": True},
-        "timezone": {"type": "str", "default": "Etc/UTC"},
-        "min": {"type": "int"},
-        "max": {"type": "int"},
-        "desired": {"type": "int"},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "schedules": {"type": "list", "elements": "dict", "default": [], "options": schedule},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

@@ -237,10 +237,7 @@ options:
     description: Longest wait for one step, in seconds.
     type: int
     default: 2400
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -277,7 +274,6 @@ node_groups:
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -308,8 +304,6 @@ from ansible_collections.rayplane.platform.plugins.module_utils.aws.node_images 
 
 EFFECTS = {"NoSchedule": "NO_SCHEDULE", "NoExecute": "NO_EXECUTE", "PreferNoSchedule": "PREFER_NO_SCHEDULE"}
 BUSY = ("CREATING", "UPDATING", "DELETING")
-PREFERENCES = ["", "open", "none", "capacity-reservations-only"]
-STRATEGIES = ["", "cluster", "partition", "spread"]
 
 
 class NodeGroups(EksSet):
@@ -699,63 +693,9 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
     return groups.present() if module.params["state"] == "present" else groups.absent()
 
 
-def argument_spec() -> dict[str, Any]:
-    """Return the parameters; the group's suboptions are long enough for a function of their own."""
-    texts = {"type": "list", "elements": "str", "default": []}
-    taint = {
-        "key": {"type": "str", "required": True, "no_log": False},
-        "value": {"type": "str", "default": ""},
-        "effect": {"type": "str", "choices": list(EFFECTS), "default": "NoSchedule"},
-    }
-    group = {
-        "name": {"type": "str", "required": True},
-        "instance_types": {**texts, "default": ["m5.2xlarge"]},
-        "ami_type": {"type": "str", "default": "AL2023_x86_64_STANDARD"},
-        "capacity_type": {"type": "str", "choices": ["ON_DEMAND", "SPOT", "CAPACITY_BLOCK"], "default": "ON_DEMAND"},
-        "min_size": {"type": "int", "default": 0},
-        "max_size": {"type": "int", "required": True},
-        "desired_size": {"type": "int"},
-        "disk_size": {"type": "int", "default": 100},
-        "disk_iops": {"type": "int", "default": 0},
-        "disk_throughput": {"type": "int", "default": 0},
-        "capacity_reservation_id": {"type": "str", "default": ""},
-        "capacity_reservation_preference": {"type": "str", "choices": PREFERENCES, "default": ""},
-        "placement_group": {"type": "str", "default": ""},
-        "placement_strategy": {"type": "str", "choices": STRATEGIES, "default": ""},
-        "labels": {"type": "dict", "default": {}},
-        "taints": {"type": "list", "elements": "dict", "default": [], "options": taint},
-        "subnet_ids": texts,
-        "role_arn": {"type": "str", "default": ""},
-        "launch_template": {"type": "dict", "default": {}},
-        "release_version": {"type": "str", "default": ""},
-        "max_unavailable": {"type": "int", "default": 1},
-        "max_unavailable_percentage": {"type": "int"},
-        "update_strategy": {"type": "str", "choices": ["", "DEFAULT", "MINIMAL"], "default": ""},
-        "node_repair": {"type": "bool", "default": False},
-        "tags": {"type": "dict", "default": {}},
-    }
-    return {
-        "cluster_name": {"type": "str", "required": True},
-        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        "node_groups": {"type": "list", "elements": "dict", "default": [], "options": group},
-        "role_arn": {"type": "str", "default": ""},
-        "subnet_ids": texts,
-        "tags": {"type": "dict", "default": {}},
-        "kms_key_arn": {"type": "str", "default": "", "no_log": False},
-        "metadata_hop_limit": {"type": "int", "default": 1},
-        "gpu_label": {"type": "bool", "default": True},
-        "replace": {"type": "bool", "default": False},
-        "force_upgrade": {"type": "bool", "default": False},
-        "image_patches": {"type": "str", "choices": ["ignore", "report", "update"], "default": "ignore"},
-        "kubernetes_version": {"type": "str", "default": ""},
-        "purge": {"type": "bool", "default": True},
-        "wait_timeout": {"type": "int", "default": 2400},
-    }
-
-
 def main() -> None:
     """Run the module."""
-    run(AnsibleAWSModule(argument_spec=argument_spec(), supports_check_mode=True), reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

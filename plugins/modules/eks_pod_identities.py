@@ -46,10 +46,7 @@ options:
     description: Whether associations that this module made and that are no longer listed are removed.
     type: bool
     default: true
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -74,7 +71,6 @@ actions:
 from collections.abc import Collection
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import Api, Changes, PlatformError, run
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.eks import EksSet, concurrently, resolve_role, retag
 
@@ -156,22 +152,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    association = {
-        "namespace": {"type": "str", "required": True},
-        "service_account": {"type": "str", "required": True},
-        "role_arn": {"type": "str", "required": True},
-    }
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "required": True},
-            "associations": {"type": "list", "elements": "dict", "default": [], "options": association},
-            "role_arns": {"type": "dict", "default": {}},
-            "tags": {"type": "dict", "default": {}},
-            "purge": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

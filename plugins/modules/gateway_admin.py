@@ -116,6 +116,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
@@ -304,26 +305,7 @@ def _say(weights: Json) -> str:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "namespace": {"type": "str", "required": True},
-            "service": {"type": "str", "required": True},
-            "port": {"type": "int", "default": 9090},
-            "secret": {"type": "str", "required": True, "no_log": False},
-            "selector": {"type": "str", "required": True},
-            "shared": {"type": "bool", "default": True},
-            "version": {"type": "str", "default": ""},
-            "timeout": {"type": "int", "default": 120},
-            "revoked": {"type": "list", "elements": "str", "default": []},
-            "restored": {"type": "list", "elements": "str", "default": []},
-            "weights": {"type": "dict", "default": {}},
-            "canaries": {"type": "dict", "default": {}},
-            "query": {
-                "type": "list",
-                "elements": "str",
-                "choices": ["keys", "routes", "status"],
-                "default": [],
-            },
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

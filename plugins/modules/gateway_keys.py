@@ -96,6 +96,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 
 Json = dict[str, Any]
 
@@ -225,18 +226,7 @@ def change(
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "state": {
-                "type": "str",
-                "required": True,
-                "choices": ["issued", "rotated", "revoked", "restored", "removed", "first"],
-            },
-            "id": {"type": "str", "required": True},
-            "settings": {"type": "dict", "default": {}},
-            "overlap_hours": {"type": "int", "default": 168},
-            "key_file": {"type": "path", "no_log": False},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

@@ -115,6 +115,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.build import (
     CLUSTER_SCOPED,
     BuildError,
@@ -233,21 +234,7 @@ def rendered(given: Json) -> tuple[Path, list[Json]]:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "chart": {"type": "str", "required": True},
-            "repo_url": {"type": "str", "default": ""},
-            "version": {"type": "str", "default": ""},
-            "release": {"type": "str", "required": True},
-            "namespace": {"type": "str", "required": True},
-            "values": {"type": "dict", "default": {}},
-            "include_crds": {"type": "bool", "default": True},
-            "kube_version": {"type": "str", "default": "1.36"},
-            "api_versions": {"type": "list", "elements": "str", "default": []},
-            "leave_out": {"type": "list", "elements": "str", "default": []},
-            "cluster_scoped": {"type": "list", "elements": "str", "default": []},
-            "helm": {"type": "str", "default": "helm"},
-            "cache_dir": {"type": "path", "required": True},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

@@ -38,10 +38,7 @@ options:
     description: Where this machine learns its address on the internet. Empty asks nobody.
     type: str
     default: ""
-extends_documentation_fragment:
-  - amazon.aws.common.modules
-  - amazon.aws.region.modules
-  - amazon.aws.boto3
+extends_documentation_fragment: [amazon.aws.common.modules, amazon.aws.region.modules, amazon.aws.boto3]
 author: rayplane contributors (@rayplane)
 """
 
@@ -78,7 +75,6 @@ version:
 import contextlib
 from typing import Any
 
-from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
 from ansible_collections.rayplane.platform.plugins.module_utils.aws.core import (
     Api,
     Changes,
@@ -156,17 +152,7 @@ def reconcile(module: Any, changes: Changes) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleAWSModule(
-        argument_spec={
-            "cluster_name": {"type": "str", "default": ""},
-            "servers": {"type": "list", "elements": "str", "default": []},
-            "required": {"type": "bool", "default": False},
-            "client_cidrs": {"type": "list", "elements": "str", "default": []},
-            "address_url": {"type": "str", "default": ""},
-        },
-        supports_check_mode=True,
-    )
-    run(module, reconcile)
+    run(DOCUMENTATION, reconcile)
 
 
 if __name__ == "__main__":

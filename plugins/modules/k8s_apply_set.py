@@ -168,6 +168,7 @@ import json
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     ClusterToCome,
@@ -180,26 +181,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.apply impor
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "objects": {"type": "list", "elements": "dict", "default": []},
-            "src": {"type": "path"},
-            "labels": {"type": "dict", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "adopt": {"type": "bool", "default": True},
-            "adopt_hint": {"type": "str", "default": ""},
-            "keep_crds": {"type": "bool", "default": False},
-            "gone": {"type": "list", "elements": "dict", "default": []},
-            "used_by": {"type": "list", "elements": "dict", "default": []},
-            "align": {"type": "list", "elements": "dict", "default": []},
-            "prune_kinds": {"type": "list", "elements": "dict", "default": []},
-            "protected": {"type": "list", "elements": "str", "default": []},
-            "wait_for": {"type": "list", "elements": "dict", "default": []},
-            "wait_timeout": {"type": "int", "default": 300},
-            "evidence": {"type": "dict", "default": {}},
-            "kubeconfig": {"type": "path"},
-            "context": {"type": "str"},
-            "field_manager": {"type": "str", "default": "rayplane"},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

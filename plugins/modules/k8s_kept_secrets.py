@@ -73,6 +73,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     KubeError,
@@ -215,11 +216,7 @@ def keep(
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "namespace": {"type": "str", "required": True},
-            "secrets": {"type": "list", "elements": "dict", "required": True, "no_log": False},
-            "values_returned": {"type": "bool", "default": True},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

@@ -74,6 +74,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.build import (
     CLUSTER_SCOPED,
     BuildError,
@@ -131,13 +132,7 @@ def _fit_deployment(spec: Json, wanted: Json) -> None:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "source": {"type": "str", "required": True},
-            "cache_dir": {"type": "path", "required": True},
-            "kubectl": {"type": "str", "default": "kubectl"},
-            "namespace": {"type": "str", "required": True},
-            "deployment": {"type": "dict", "default": {}},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     given = module.params

@@ -98,6 +98,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.serving.model_sync import (
     HUB_ID,
     Bucket,
@@ -188,18 +189,7 @@ def absent(module: AnsibleModule) -> None:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "models": {"type": "list", "elements": "dict", "required": True},
-            "bucket": {"type": "str", "required": True},
-            "prefix": {"type": "str", "default": "models"},
-            "cache_dir": {"type": "path", "required": True},
-            "hub_mode": {"type": "str", "choices": ["copy", "direct"], "default": "copy"},
-            "ignore": {"type": "list", "elements": "str", "default": []},
-            "keep_versions": {"type": "int", "default": 0},
-            "parallel": {"type": "int", "default": 4},
-            "addressing_style": {"type": "str", "choices": ["auto", "path", "virtual"], "default": "auto"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
+        argument_spec=argument_spec(DOCUMENTATION),
         supports_check_mode=True,
     )
     try:

@@ -90,6 +90,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     Cluster,
     KubeError,
@@ -264,17 +265,7 @@ def run(module: AnsibleModule, base_url: str, key: str, deadline: float, answers
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "base_url": {"type": "str", "default": ""},
-            "service": {"type": "dict", "default": {}},
-            "kubectl": {"type": "str", "default": "kubectl"},
-            "api_key": {"type": "str", "default": "", "no_log": True},
-            "api_key_file": {"type": "path", "no_log": False},
-            "api_key_secret": {"type": "dict", "default": {}, "no_log": False},
-            "models": {"type": "list", "elements": "dict", "required": True},
-            "timeout": {"type": "int", "default": 300},
-            "request_timeout": {"type": "int", "default": 60},
-        },
+        argument_spec=argument_spec(DOCUMENTATION, secret=("api_key",)),
         supports_check_mode=True,
     )
     given = module.params

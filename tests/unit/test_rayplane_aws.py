@@ -255,6 +255,6 @@ def test_a_module_is_given_limits_and_ends_with_the_explanation() -> None:
 
     module = Module()
     with pytest.raises(SystemExit):
-        rayplane_aws.run(module, reconcile)
+        rayplane_aws.run_with(module, reconcile)
     assert module.params["aws_config"] == {"connect_timeout": 10.0, "read_timeout": 7}
     assert "aws_x: Unable to locate credentials. Cure: set AWS_PROFILE" in module.ended["msg"]

@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.amazon.aws.plugins.module_utils.modules import AnsibleAWSModule
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+
 try:
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -32,6 +35,7 @@ __all__ = [
     "explain",
     "only_given",
     "run",
+    "run_with",
     "sync_tags",
     "tag_dict",
     "tag_list",
@@ -615,7 +619,12 @@ def only_given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value not in (None, "", [], {})}
 
 
-def run(module: Any, reconcile: Callable[[Any, Changes], dict[str, Any]]) -> None:
+def run(documentation: str, reconcile: Callable[[Any, Changes], dict[str, Any]], **more: Any) -> None:
+    """Be the module of this documentation; ``more`` goes to AnsibleAWSModule."""
+    run_with(AnsibleAWSModule(argument_spec=argument_spec(documentation), supports_check_mode=True, **more), reconcile)
+
+
+def run_with(module: Any, reconcile: Callable[[Any, Changes], dict[str, Any]]) -> None:
     """Run ``reconcile(module, changes)`` and end the module with facts and changes, or with the explained error."""
     # The SDK's own back-off for throttled and broken calls; the user's environment wins.
     os.environ.setdefault("AWS_RETRY_MODE", "standard")
