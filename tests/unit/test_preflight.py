@@ -252,3 +252,18 @@ def test_nested_options_are_checked_with_their_path() -> None:
         ("eks_x[1].replicas.max", "set it"),
         ("eks_x[2]", "write {key: value} without quotes"),
     ]
+
+
+def test_entries_that_a_module_takes_are_checked_by_its_documentation() -> None:
+    option = {"eks_extra_node_groups": {"type": "list", "elements": "dict"}}
+    group = {"name": "a", "max_siz": 3, "capacity_type": "spot", "taints": [{"value": "x"}]}
+    found = {problem.variable: problem for problem in check_options({"eks_extra_node_groups": [group]}, option)}
+    where = "eks_extra_node_groups[0]"
+    assert found.keys() == {
+        f"{where}.max_siz",
+        f"{where}.max_size",
+        f"{where}.capacity_type",
+        f"{where}.taints[0].key",
+    }
+    assert found[f"{where}.max_siz"].cure == "did you mean max_size?"
+    assert "SPOT" in found[f"{where}.capacity_type"].cure

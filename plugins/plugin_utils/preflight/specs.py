@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.problem import ABSENT, Problem, nearest
 
 __all__ = [
@@ -18,13 +21,25 @@ __all__ = [
     "REMOVED_VARIABLES",
     "check_options",
     "check_unknown",
+    "entry_options",
     "from_text",
     "misspelt_likeness",
     "name_of",
 ]
 
+_MODULES = Path(__file__).resolve().parents[2] / "modules"
+
 #: Variables of earlier releases: old name to (new name or "", release that dropped it).
 REMOVED_VARIABLES: dict[str, tuple[str, str]] = {"eks_public_access_cidrs": ("eks_endpoint_public_cidrs", "0.1.0")}
+
+#: Lists whose entries a module takes as they are: the module and its option. Its documentation says what an entry has.
+ENTRIES_OF_MODULES = {
+    "autoscaler_schedules": ("eks_node_group_schedules", "schedules"),
+    "eks_access_entries": ("eks_access_entries", "entries"),
+    "eks_extra_node_groups": ("eks_node_groups", "node_groups"),
+    "eks_node_groups": ("eks_node_groups", "node_groups"),
+    "storage_efs_file_systems": ("aws_file_systems", "file_systems"),
+}
 
 #: Likeness from which a variable without one of our prefixes is taken for a slip of the pen.
 misspelt_likeness = 0.87
@@ -48,6 +63,19 @@ KINDS: dict[str, tuple[str, str]] = {
     "list": ("a list", "[one, two]"),
     "dict": ("a mapping", "{key: value}"),
 }
+
+
+@functools.cache
+def entry_options(variable: str) -> Mapping[str, Any]:
+    """What an entry of the list takes, as a spec's ``options``; empty where no module says so."""
+    if variable not in ENTRIES_OF_MODULES:
+        return {}
+    module, option = ENTRIES_OF_MODULES[variable]
+    # The text alone: loading the module would load an SDK.
+    source = (_MODULES / f"{module}.py").read_text(encoding="utf-8")
+    documentation = source.partition('DOCUMENTATION = r"""')[2].partition('"""')[0]
+    options: Mapping[str, Any] = argument_spec(documentation)[option]["options"]
+    return options
 
 
 def check_unknown(
@@ -150,8 +178,8 @@ def _elements(path: str, value: Iterable[Any], option: Mapping[str, Any]) -> Ite
         where = f"{path}[{index}]"
         if wrong := _type_problem(where, element, kind):
             yield wrong
-        elif kind == "dict" and option.get("options"):
-            yield from check_options(element, option["options"], where)
+        elif kind == "dict" and (options := option.get("options") or entry_options(path)):
+            yield from check_options(element, options, where)
 
 
 def _type_problem(path: str, value: Any, kind: str) -> Problem | None:
