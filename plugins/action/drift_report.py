@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.rayplane.platform.plugins.action.drift_stage import FACT
+from ansible_collections.rayplane.platform.plugins.action.drift_stage import NOTED
 from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Report, Row
 
 
@@ -58,7 +58,7 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
 
 def _stages(cluster: str, variables: Mapping[str, Any]) -> Iterator[tuple[str, list[Row], Gap | None]]:
     """The stages that a cluster's run noted, and why it noted no more."""
-    noted = variables["hostvars"][cluster].get(FACT, [])
+    noted = variables["hostvars"][cluster].get(NOTED, {}).get("stages", [])
     for one in noted:
         yield one["stage"], [Row(**row) for row in one["rows"]], Gap(**one["gap"]) if one["gap"] else None
     if cluster not in variables["ansible_play_hosts"]:

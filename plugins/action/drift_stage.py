@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Note what a stage found. An action plugin, because it looks at all results that the host's tasks registered.
 
-The fact ``__drift_stages`` holds the stages so far; ``__drift_unreached`` says that the cluster cannot be asked.
+Its task registers the result under ``NOTED``, which holds all stages so far. (Facts might outlive the run, where they
+are cached.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Row, reason_of, rows_of
 
-FACT = "__drift_stages"
+NOTED = "__drift_noted"
 #: Where this stage is not compared, none after it can be.
 NEEDED = "kubeconfig"
 
@@ -36,15 +37,15 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
             }
         )
         cluster, stage = str(variables["inventory_hostname"]), arguments["stage"]
-        before = [Row(**row) for one in variables.get(FACT, ()) for row in one["rows"]]
-        rows = rows_of(cluster, stage, variables, before)
-        gap = None
-        if arguments["task"]:
-            gap = Gap(cluster, stage, arguments["task"], reason_of(arguments["result"]))
-            if stage == NEEDED:
-                gap.reason += "; no stage in Kubernetes is compared"
-        noted = {"stage": stage, "rows": [asdict(row) for row in rows], "gap": asdict(gap) if gap else None}
-        result.update(changed=False, ansible_facts={FACT: [*variables.get(FACT, ()), noted]})
-        if gap and stage == NEEDED:
-            result["ansible_facts"]["__drift_unreached"] = True
-        return result
+        before: dict[str, Any] = variables.get(NOTED) or {"stages": [], "unreached": False}
+        stages, unreached = before["stages"], before["unreached"]
+        if not unreached:
+            rows = rows_of(cluster, stage, variables, [Row(**row) for one in stages for row in one["rows"]])
+            gap = None
+            if arguments["task"]:
+                gap = Gap(cluster, stage, arguments["task"], reason_of(arguments["result"]))
+                if unreached := stage == NEEDED:
+                    gap.reason += "; no stage in Kubernetes is compared"
+            noted = {"stage": stage, "rows": [asdict(row) for row in rows], "gap": asdict(gap) if gap else None}
+            stages = [*stages, noted]
+        return {**result, "changed": False, "stages": stages, "unreached": unreached}

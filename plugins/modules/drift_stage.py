@@ -9,6 +9,7 @@ module: drift_stage
 short_description: Note what a stage in check mode found
 description:
   - Looks at the results that the host's tasks have registered, for the report at the end of the run.
+  - The task registers its result as C(__drift_noted).
 author: rayplane contributors (@rayplane)
 options:
   stage:
@@ -27,4 +28,5 @@ EXAMPLES = r"""
 - name: Note what differs in the network
   rayplane.platform.drift_stage:
     stage: network
+  register: __drift_noted
 """

@@ -471,6 +471,16 @@ def test_a_run_without_any_stage_is_not_clean(drift: Drift) -> None:
     assert "Nothing was compared" in output
 
 
+def test_nothing_of_a_run_is_left_for_the_next(drift: Drift) -> None:
+    """AWX keeps facts between jobs where it is told to."""
+    drift.environment |= {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(drift.folder)}
+    drift.role("network", WRITE)
+    assert drift.run()[0] == 2
+    drift.role("network", NOTHING)
+    code, output, _ = drift.run()
+    assert code == 0, output
+
+
 def test_secrets_of_tasks_stay_hidden(drift: Drift) -> None:
     drift.role("network", WRITE.replace("wanted:", "s3cr3t-value") + "  no_log: true\n")
     code, output, _ = drift.run("--diff")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.kubernetes.core.plugins.module_utils.k8s import client as core
 from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import (
     ApiError,
     Cluster,
@@ -21,6 +23,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.api import 
 )
 from conftest import connection_to
 from kube_fake import Json, Server
+from kubernetes.config import kube_config
 
 API = "client.authentication.k8s.io/v1"
 PLUGIN = """#!/bin/sh
@@ -84,10 +87,25 @@ def test_what_kubernetes_core_knows_holds_here(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("K8S_AUTH_VERIFY_SSL", "no")
     monkeypatch.setenv("K8S_AUTH_PROXY", "http://given:3128")
     monkeypatch.setenv("K8S_AUTH_IMPERSONATE_USER", "somebody")
+    monkeypatch.setenv("K8S_AUTH_IMPERSONATE_GROUPS", "a,b")
     found = connection_from_environment()
     assert (found.server, found.configuration.verify_ssl) == ("https://awx", False)
     assert found.configuration.proxy == "http://given:3128"
-    assert found.headers() == {"Authorization": "Bearer key", "Impersonate-User": "somebody"}
+    headers = found.headers()
+    assert (headers["Authorization"], headers["Impersonate-User"]) == ("Bearer key", "somebody")
+    assert headers.getlist("Impersonate-Group") == ["a", "b"]
+
+
+def test_private_names_of_the_client_are_there() -> None:
+    """kubernetes.core and the client have no public names for these; another release may change them."""
+    wanted = {
+        core._create_auth_spec: "(module=None, **kwargs)",
+        core._create_configuration: "(auth",
+        core._create_headers: "(module=None, **kwargs)",
+        kube_config._cleanup_temp_files: "()",
+    }
+    for function, signature in wanted.items():
+        assert str(inspect.signature(function)).startswith(signature), function
 
 
 @pytest.mark.parametrize(

@@ -74,14 +74,20 @@ class Connection:
         """The server's address."""
         return str(self.configuration.host).rstrip("/")
 
-    def headers(self) -> dict[str, str]:
-        """Who we are; a token about to end is taken anew. Raises CredentialError where that fails."""
+    def headers(self) -> Any:
+        """Who we are, as urllib3's headers; a token about to end is taken anew.
+
+        Raises CredentialError where that fails.
+        """
         with _complaints() as complaints:
             value = self.configuration.get_api_key_with_prefix("authorization")
         if complaints:
             raise CredentialError(complaints[-1])
-        headers: dict[str, str] = core._create_headers()
-        return {**headers, "Authorization": value.strip()} if value else headers
+        headers = urllib3.HTTPHeaderDict({"Authorization": value.strip()} if value else {})
+        for name, given in core._create_headers().items():
+            for one in given if isinstance(given, list) else [given]:
+                headers.add(name, one)
+        return headers
 
     def renew(self, renewals: int) -> None:
         """Take everything anew, unless another thread has since the count of ``renewals`` was read."""
@@ -268,7 +274,8 @@ class Cluster:
             headers["Content-Type"] = content_type
 
         def send() -> Any:
-            sent = {**connection.headers(), **headers}
+            sent = connection.headers()
+            sent.update(headers)
             try:
                 return self._pool.request(method, url, body=payload, headers=sent, **self._limits)
             except (urllib3.exceptions.HTTPError, OSError) as error:
