@@ -309,14 +309,19 @@ class Report:
 
     def sentence(self) -> str:
         """The outcome in one sentence."""
-        looked = f"{len(self.clusters())} {'cluster' if len(self.clusters()) == 1 else 'clusters'} compared"
-        resources = len({(row.cluster, row.resource) for row in self.rows})
-        found = f"{len(self.rows)} differences in {resources} resources" if self.rows else "nothing differs"
+        looked = f"{_count(len(self.clusters()), 'cluster')} compared"
+        resources = _count(len({(row.cluster, row.resource) for row in self.rows}), "resource")
+        found = f"{_count(len(self.rows), 'difference')} in {resources}" if self.rows else "nothing differs"
         if self.status == "incomplete" and not self.gaps:
             return "Nothing was compared: no stage of a cluster matches the arguments (--limit, --tags)."
         if self.status == "incomplete":
-            return f"{looked}, not completely: {found} in what could be compared, {len(self.gaps)} parts could not."
+            left = f"{_count(len(self.gaps), 'part')} could not"
+            return f"{looked}, not completely: {found} in what could be compared, {left}."
         return f"{looked}: {found}{'' if self.rows else ' from what is declared'}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _cell(text: str) -> str:

@@ -8,6 +8,7 @@ would be made of it only to be taken apart again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import json
 import logging
@@ -16,21 +17,16 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import yaml
-from ansible_collections.kubernetes.core.plugins.module_utils.k8s import client as core
 
-try:
+# Preflight names a package that is missing.
+with contextlib.suppress(ImportError):
     import urllib3
-    from kubernetes.client import Configuration
-    from kubernetes.client.rest import RESTClientObject
-    from kubernetes.config import ConfigException, kube_config
-except ImportError:
-    # Preflight names the package that is missing.
-    pass
 
 Json = dict[str, Any]
 
@@ -55,6 +51,25 @@ class ApiError(KubeError):
         self.body = body
         self.reason = str(body.get("reason", ""))
         super().__init__(f"{method} {path}: {status} {body.get('message') or self.reason or 'no message'}")
+
+
+@functools.cache
+def client() -> Any:
+    """kubernetes.core's client and what it stands on, imported where a cluster is first asked: it takes a while."""
+    try:
+        from ansible_collections.kubernetes.core.plugins.module_utils.k8s import client as core  # noqa: PLC0415
+        from kubernetes.client import Configuration  # noqa: PLC0415
+        from kubernetes.client.rest import RESTClientObject  # noqa: PLC0415
+        from kubernetes.config import ConfigException, kube_config  # noqa: PLC0415
+    except ImportError as error:
+        raise KubeError(f"the Python package kubernetes is not installed: {error}") from error
+    return SimpleNamespace(
+        core=core,
+        Configuration=Configuration,
+        RESTClientObject=RESTClientObject,
+        ConfigException=ConfigException,
+        kube_config=kube_config,
+    )
 
 
 class Connection:
@@ -84,7 +99,7 @@ class Connection:
         if complaints:
             raise CredentialError(complaints[-1])
         headers = urllib3.HTTPHeaderDict({"Authorization": value.strip()} if value else {})
-        for name, given in core._create_headers().items():
+        for name, given in client().core._create_headers().items():
             for one in given if isinstance(given, list) else [given]:
                 headers.add(name, one)
         return headers
@@ -121,7 +136,7 @@ def certificates_removed() -> Iterator[None]:
     try:
         yield
     finally:
-        kube_config._cleanup_temp_files()
+        client().kube_config._cleanup_temp_files()
 
 
 def connection_from_environment(kubeconfig: str | None = None, context: str | None = None) -> Connection:
@@ -138,6 +153,7 @@ def _paths(kubeconfig: str | None) -> str:
 
 
 def _configuration(paths: str, context: str | None) -> Any:
+    core = client().core
     auth = core._create_auth_spec(kubeconfig=paths or None, context=context or None)
     from_files = paths and not auth.get("host")
     if from_files and not any(Path(path).expanduser().is_file() for path in paths.split(os.pathsep) if path):
@@ -147,10 +163,10 @@ def _configuration(paths: str, context: str | None) -> Any:
     try:
         with _complaints() as complaints:
             # What an earlier call in this process has read.
-            Configuration.set_default(None)
+            client().Configuration.set_default(None)
             configuration = core._create_configuration(auth)
         proxy = auth.get("proxy") or (_proxy_of_kubeconfig(paths, context) if from_files else None)
-    except (ConfigException, OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (client().ConfigException, OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         if not paths:
             raise NoKubeconfigError(f"no kubeconfig can be read: {error}") from error
         raise KubeError(f"the kubeconfig {paths} cannot be used: {error}") from error
@@ -162,7 +178,7 @@ def _configuration(paths: str, context: str | None) -> Any:
 
 def _proxy_of_kubeconfig(paths: str, context: str | None) -> str | None:
     """The cluster's `proxy-url`, which the client passes over."""
-    merged = kube_config.KubeConfigMerger(paths).config
+    merged = client().kube_config.KubeConfigMerger(paths).config
     active = merged["contexts"].get_with_name(context or merged["current-context"])["context"]
     url: str | None = merged["clusters"].get_with_name(active["cluster"])["cluster"].safe_get("proxy-url")
     return url
@@ -250,7 +266,7 @@ class Cluster:
         self._pool = self._open()
 
     def _open(self) -> Any:
-        return RESTClientObject(self.connection.configuration, maxsize=8).pool_manager
+        return client().RESTClientObject(self.connection.configuration, maxsize=8).pool_manager
 
     def request(
         self,
