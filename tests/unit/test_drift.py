@@ -471,6 +471,17 @@ def test_a_run_without_any_stage_is_not_clean(drift: Drift) -> None:
     assert "Nothing was compared" in output
 
 
+def test_a_report_that_would_deploy_is_refused(drift: Drift) -> None:
+    drift.role("network", WRITE)
+    command = [word for word in drift.command("--tags", "network") if word != "--check"]
+    run = subprocess.run(
+        command, cwd=PROJECT, env=drift.environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert run.returncode != 0
+    assert "Nothing has been changed. Add --check" in " ".join(run.stdout.split())
+    assert list((drift.folder / "made").iterdir()) == [] and drift.report() == {}
+
+
 def test_nothing_of_a_run_is_left_for_the_next(drift: Drift) -> None:
     """AWX keeps facts between jobs where it is told to."""
     drift.environment |= {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(drift.folder)}
