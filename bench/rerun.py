@@ -41,8 +41,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT / "tools"), str(PROJECT / "bench")]
 
 import reporting
-from rayplane_local import python_env  # type: ignore[import-not-found,unused-ignore]
-from rayplane_local.settings import Settings  # type: ignore[import-not-found,unused-ignore]
+from rayplane_local import python_env
+from rayplane_local.settings import Settings
 from reporting import BenchError
 from terraform_twin import Account, Twin, kinds
 

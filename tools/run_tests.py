@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from rayplane_local import checks  # type: ignore[import-not-found,unused-ignore]
-from rayplane_local.progress import duration  # type: ignore[import-not-found,unused-ignore]
-from rayplane_local.settings import Settings  # type: ignore[import-not-found,unused-ignore]
+from rayplane_local import checks
+from rayplane_local.progress import duration
+from rayplane_local.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "test-results"

@@ -16,7 +16,7 @@ from ansible_collections.rayplane.platform.plugins.action.drift_stage import NOT
 from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Report, Row
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """The task ``drift_report``, run once for all hosts of the play."""
 
     _requires_connection = False

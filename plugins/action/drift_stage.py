@@ -19,7 +19,7 @@ NOTED = "__drift_noted"
 NEEDED = "kubeconfig"
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """The task ``drift_stage``."""
 
     _requires_connection = False

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ _TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 if _TOOLS not in sys.path:
     sys.path.insert(0, _TOOLS)
 
-from rayplane_local import down, locking, stages  # type: ignore[import-not-found,unused-ignore]
-from rayplane_local.errors import PlatformError  # type: ignore[import-not-found,unused-ignore]
-from rayplane_local.settings import Settings  # type: ignore[import-not-found,unused-ignore]
+from rayplane_local import down, locking, stages
+from rayplane_local.errors import PlatformError
+from rayplane_local.settings import Settings
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,14 +44,14 @@ def run_stage(
     return result.actions, result.times
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """The task ``local_platform``."""
 
     _requires_connection = False
     _supports_check_mode = True
     _supports_async = False
 
-    def run(self, tmp: str | None = None, task_vars: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Run the stage; the lease on the platform's home belongs to the whole Ansible run."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         del tmp

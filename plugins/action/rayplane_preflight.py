@@ -76,7 +76,7 @@ FACTS = (
 )
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """Validate one cluster's variables and surroundings."""
 
     TRANSFERS_FILES = False
@@ -115,11 +115,11 @@ class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
         problems = [problem for problem in found if not problem.warning]
         warnings = [problem for problem in found if problem.warning]
         for entries, color, is_warning in (
-            (warnings, constants.COLOR_WARN, True),
-            (problems, constants.COLOR_ERROR, False),
+            (warnings, "COLOR_WARN", True),
+            (problems, "COLOR_ERROR", False),
         ):
             if entries:
-                self._display.display("\n" + render(entries, host, is_warning), color=color)
+                self._display.display("\n" + render(entries, host, is_warning), color=constants.config.get_config_value(color))
         result.update(changed=False, problem_count=len(problems), warning_count=len(warnings))
         if self._task.register or self._display.verbosity:
             result["problems"] = [problem.as_dict() for problem in problems]

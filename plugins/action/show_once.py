@@ -10,7 +10,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """The task ``show_once``."""
 
     TRANSFERS_FILES = False

@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
+class CallbackModule(CallbackBase):
     """Feeds the stopwatch from Ansible's events."""
 
     CALLBACK_VERSION = 2.0
@@ -139,7 +139,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc,unused-ignore]
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
         """The run ended: show the table, unless the output is for a machine."""
-        if constants.DEFAULT_STDOUT_CALLBACK.rpartition(".")[2] not in ("json", "jsonl"):
+        if constants.config.get_config_value("DEFAULT_STDOUT_CALLBACK").rpartition(".")[2] not in ("json", "jsonl"):
             self._display.banner("STAGES")
             for line in self._stages.table({**stats.failures, **stats.dark}):
                 self._display.display(line)

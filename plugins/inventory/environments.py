@@ -39,7 +39,7 @@ from ansible.plugins.inventory import BaseInventoryPlugin
 from ansible.vars.manager import VariableManager
 
 
-class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc,unused-ignore]
+class InventoryModule(BaseInventoryPlugin):
     """Reads the inventories one by one."""
 
     NAME = "rayplane.platform.environments"

@@ -38,16 +38,17 @@ from ansible.plugins.lookup import LookupBase
 _ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 
-class LookupModule(LookupBase):  # type: ignore[misc,unused-ignore]
+class LookupModule(LookupBase):
     """The lookup ``settings``."""
 
     def run(self, terms: Sequence[str], variables: Mapping[str, Any], **_: Any) -> list[dict[str, Any]]:
         """Look the variables up."""
         roles = [folder.name for folder in _ROLES.iterdir()]
         found = []
+        template = self._templar.template  # type: ignore[union-attr] # set by whoever calls a lookup
         for term in terms:
             # `storage_class_name` is not of the role `storage`.
             others = tuple(f"{role}_" for role in roles if role.startswith(f"{term}_"))
             names = [name for name in variables if name.startswith(f"{term}_") and not name.startswith(others)]
-            found.append({name.removeprefix(f"{term}_"): self._templar.template(variables[name]) for name in names})
+            found.append({name.removeprefix(f"{term}_"): template(variables[name]) for name in names})
         return found

@@ -44,7 +44,7 @@ def preload(*prefixes: str) -> None:
             importlib.import_module(f"{_MODULES}.{file.stem}")
 
 
-class ActionModule(ActionBase):  # type: ignore[misc,unused-ignore]
+class ActionModule(ActionBase):
     """Runs the module in this process where the task allows it, and in one of its own otherwise."""
 
     _supports_check_mode = True

@@ -58,9 +58,10 @@ def client() -> Any:
     """kubernetes.core's client and what it stands on, imported where a cluster is first asked: it takes a while."""
     try:
         from ansible_collections.kubernetes.core.plugins.module_utils.k8s import client as core  # noqa: PLC0415
-        from kubernetes.client import Configuration  # noqa: PLC0415
+        from kubernetes.client.configuration import Configuration  # noqa: PLC0415
         from kubernetes.client.rest import RESTClientObject  # noqa: PLC0415
-        from kubernetes.config import ConfigException, kube_config  # noqa: PLC0415
+        from kubernetes.config import kube_config  # noqa: PLC0415
+        from kubernetes.config.config_exception import ConfigException  # noqa: PLC0415
     except ImportError as error:
         raise KubeError(f"the Python package kubernetes is not installed: {error}") from error
     return SimpleNamespace(

@@ -60,7 +60,7 @@ _REPLACES_PODS = ("Deployment", "StatefulSet")
 _ENTRY_KEYS = ("name", "groupName")
 
 
-class _Dumper(_BASE_DUMPER):
+class _Dumper(_BASE_DUMPER):  # type: ignore[misc]
     """Writes strings of several lines as they read, so that a diff of serveConfigV2 is one of lines."""
 
 

@@ -58,7 +58,7 @@ class BuildError(Exception):
 _BASE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_BASE_LOADER):
+class _Loader(_BASE_LOADER):  # type: ignore[misc]
     """YAML as Kubernetes reads it: a date and a lone `=` are strings (PyYAML makes a datetime, or an error, of
     them)."""
 

@@ -131,7 +131,7 @@ def collection_version(name: str) -> str | None:
 def _collection_roots() -> Iterator[Path]:
     from ansible import constants  # noqa: PLC0415 - read late: tests replace it
 
-    for path in [*constants.COLLECTIONS_PATHS, *sys.path]:
+    for path in [*constants.COLLECTIONS_PATHS, *sys.path]:  # type: ignore[attr-defined] # made when it is imported
         yield Path(path) / "ansible_collections"
 
 
