@@ -13,6 +13,8 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.rayplane.platform.plugins.action.drift_stage import NOTED
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.modules.drift_report import DOCUMENTATION
 from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Report, Row
 
 
@@ -26,9 +28,7 @@ class ActionModule(ActionBase):
         """Write and show the report."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         variables = task_vars or {}
-        _validation, arguments = self.validate_argument_spec(
-            {"folder": {"type": "path"}, "begin": {"type": "bool", "default": False}}
-        )
+        _validation, arguments = self.validate_argument_spec(argument_spec(DOCUMENTATION))
         folder = Path(arguments["folder"]) if arguments["folder"] else None
         report = Report()
         if not arguments["begin"]:

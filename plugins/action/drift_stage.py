@@ -12,6 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ansible.plugins.action import ActionBase
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.modules.drift_stage import DOCUMENTATION
 from ansible_collections.rayplane.platform.plugins.plugin_utils.drift import Gap, Row, reason_of, rows_of
 
 NOTED = "__drift_noted"
@@ -29,13 +31,7 @@ class ActionModule(ActionBase):
         """Add the stage to those noted so far."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         variables = task_vars or {}
-        _validation, arguments = self.validate_argument_spec(
-            {
-                "stage": {"type": "str", "required": True},
-                "task": {"type": "str"},
-                "result": {"type": "dict"},
-            }
-        )
+        _validation, arguments = self.validate_argument_spec(argument_spec(DOCUMENTATION))
         cluster, stage = str(variables["inventory_hostname"]), arguments["stage"]
         before: dict[str, Any] = variables.get(NOTED) or {"stages": [], "unreached": False}
         stages, unreached = before["stages"], before["unreached"]

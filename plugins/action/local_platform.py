@@ -19,6 +19,8 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.modules.local_platform import DOCUMENTATION
 
 _TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 if _TOOLS not in sys.path:
@@ -55,12 +57,7 @@ class ActionModule(ActionBase):
         """Run the stage; the lease on the platform's home belongs to the whole Ansible run."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         del tmp
-        _, arguments = self.validate_argument_spec(
-            {
-                "stage": {"type": "str", "required": True, "choices": [*(item.name for item in stages.STAGES), "down"]},
-                "settings": {"type": "dict", "required": True},
-            }
-        )
+        _, arguments = self.validate_argument_spec(argument_spec(DOCUMENTATION))
         display = Display()
         # A run that is killed must not leave this worker, and what it started, at work.
         playbook = os.getppid()

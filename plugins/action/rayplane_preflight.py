@@ -21,6 +21,8 @@ from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.modules.rayplane_preflight import DOCUMENTATION
 from ansible_collections.rayplane.platform.plugins.plugin_utils.ansible_private import Origin
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight import access, environment, hub, live
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.account import STAND_IN
@@ -86,12 +88,7 @@ class ActionModule(ActionBase):
         """Collect the problems, show them, fail once."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         variables = task_vars or {}
-        _validation, args = self.validate_argument_spec(
-            {
-                "scope": {"type": "str", "choices": SCOPES, "default": "all"},
-                "project": {"type": "path", "required": True},
-            }
-        )
+        _validation, args = self.validate_argument_spec(argument_spec(DOCUMENTATION))
         host = str(variables["inventory_hostname"])
         project = Path(args["project"]).resolve()
         cluster = _Cluster(self, variables, project)
@@ -119,7 +116,9 @@ class ActionModule(ActionBase):
             (problems, "COLOR_ERROR", False),
         ):
             if entries:
-                self._display.display("\n" + render(entries, host, is_warning), color=constants.config.get_config_value(color))
+                self._display.display(
+                    "\n" + render(entries, host, is_warning), color=constants.config.get_config_value(color)
+                )
         result.update(changed=False, problem_count=len(problems), warning_count=len(warnings))
         if self._task.register or self._display.verbosity:
             result["problems"] = [problem.as_dict() for problem in problems]

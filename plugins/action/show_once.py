@@ -8,6 +8,8 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.rayplane.platform.plugins.module_utils.arguments import argument_spec
+from ansible_collections.rayplane.platform.plugins.modules.show_once import DOCUMENTATION
 
 
 class ActionModule(ActionBase):
@@ -20,7 +22,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Show it."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _validation, arguments = self.validate_argument_spec({"text": {"type": "str", "required": True}})
+        _validation, arguments = self.validate_argument_spec(argument_spec(DOCUMENTATION))
         if not self._task.check_mode:
             Display().display(str(arguments["text"]), screen_only=True)
         result["changed"] = False

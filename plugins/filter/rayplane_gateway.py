@@ -119,13 +119,10 @@ def gateway_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"gateway_roles.{OPERATOR}: the name is taken by the playbooks' own role; choose another")
     for model in settings["models"]:
         access = model.get("access")
-        if access is not None and (isinstance(access, str) or not isinstance(access, Sequence)):
-            problems.append(f"rayservice_models ({model['id']}).access: it has to be a list of roles; it is {access!r}")
-            continue
         problems += [
             f"rayservice_models ({model['id']}).access: there is no role {name}; gateway_roles has"
             f" {', '.join(sorted(roles)) or 'none'}"
-            for name in access or ()
+            for name in (access if isinstance(access, list) else ())
             if name not in roles
         ]
     derived = {model["id"] for model in settings["models"]}

@@ -28,11 +28,6 @@ _INFREQUENT = ("STANDARD_IA", "ONEZONE_IA")
 _DAYS_BEFORE_INFREQUENT = 30
 _DAYS_IN_WARM_CLASS = 30
 _MOST_KEPT_VERSIONS = 100
-_RULE_KEYS = {
-    *("name", "enabled", "prefix", "tags", "min_size", "max_size"),
-    *("transitions", "expire_days", "expired_delete_markers", "abort_upload_days"),
-    *("noncurrent_transitions", "noncurrent_days", "keep_versions"),
-}
 _LONGEST_RULE_NAME = 255
 _LONGEST_BUCKET_NAME = 63
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -92,13 +87,8 @@ def _chosen(rule: Mapping[str, Any], what: str) -> Json:
     return parts or {"Prefix": ""}
 
 
-def _lifecycle_rule(rule: Any, what: str) -> Json:
-    if not isinstance(rule, Mapping) or not rule.get("name"):
-        raise AnsibleFilterError(f"{what} is {rule!r}: a rule is a mapping with a name")
+def _lifecycle_rule(rule: Mapping[str, Any], what: str) -> Json:
     what = f"{what} ({rule['name']})"
-    unknown = sorted(set(rule) - _RULE_KEYS)
-    if unknown:
-        raise AnsibleFilterError(f"{what} has {', '.join(unknown)}: rules have {', '.join(sorted(_RULE_KEYS))}")
     if len(str(rule["name"])) > _LONGEST_RULE_NAME:
         raise AnsibleFilterError(f"{what}: S3 allows {_LONGEST_RULE_NAME} characters in a rule's name")
     built: Json = {
@@ -150,7 +140,10 @@ def _lifecycle_rule(rule: Any, what: str) -> Json:
 
 
 def bucket_lifecycle_rules(
-    rules: Sequence[Any], noncurrent_days: int = 0, abort_upload_days: int = 0, variable: str = "lifecycle"
+    rules: Sequence[Mapping[str, Any]],
+    noncurrent_days: int = 0,
+    abort_upload_days: int = 0,
+    variable: str = "lifecycle",
 ) -> list[Json]:
     """Return S3's lifecycle configuration for rules as an inventory writes them.
 

@@ -102,12 +102,6 @@ BALANCER = "service.beta.kubernetes.io/aws-load-balancer-name"
             "delete it",
         ),
         (
-            {"eks_node_groups": [{"taints": [{"key": "a", "effect": "NO_SCHEDULE"}]}]},
-            "eks_node_groups[0].taints[0].effect",
-            "no effect of a taint",
-            "write NoSchedule",
-        ),
-        (
             {"eks_extra_node_groups": [{"taints": [{"key": "two words"}]}]},
             "eks_extra_node_groups[0].taints[0].key",
             "a taint's key",

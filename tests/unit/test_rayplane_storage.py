@@ -87,7 +87,6 @@ def test_what_a_rule_is_about(options: Json, chosen: Json) -> None:
     ("options", "said"),
     [
         ({}, "does nothing"),
-        ({"expire": 3}, "has expire: rules have"),
         ({"transitions": {"COLD": 30}}, "names storage class 'COLD'"),
         ({"transitions": 30}, "write storage classes with their days"),
         ({"transitions": {"STANDARD_IA": 29}}, "after 30 days at the earliest"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import spec_docs
 import yaml
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.specs import check_options
 from conftest import PROJECT
 
 ROLES = sorted(path.name for path in (PROJECT / "roles").iterdir() if path.is_dir())
@@ -178,6 +179,98 @@ def test_only_the_marked_section_is_touched(tmp_path: Path) -> None:
 # --- playbooks and inventories ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        (
+            "autoscaler_node_classes",
+            [{"name": "a", "amiFamily": "AL2023"}],
+            {"[0].amiFamily": "did you mean ami_family?"},
+        ),
+        ("autoscaler_node_pools", ["cpu"], {"[0]": "write {key: value} without quotes"}),
+        (
+            "autoscaler_node_pools",
+            [{"instance_family": ["g5"]}],
+            {"[0].instance_family": "did you mean instance_families?", "[0].name": "set it"},
+        ),
+        (
+            "autoscaler_node_pools",
+            [{"name": "a", "accelerator": "amd", "capacity_types": ["SPOT"], "weight": "5"}],
+            {
+                "[0].accelerator": "nvidia, neuron",
+                "[0].capacity_types": "on-demand, spot",
+                "[0].weight": "write 5 without",
+            },
+        ),
+        (
+            "autoscaler_node_pools",
+            [{"name": "a", "disruption": {"consolidationPolicy": "x", "consolidation_policy": "x"}}],
+            {
+                "[0].disruption.consolidationPolicy": "consolidation_policy",
+                "[0].disruption.consolidation_policy": "WhenEmpty",
+            },
+        ),
+        (
+            "autoscaler_node_pools",
+            [{"name": "a", "startup_taints": [{"key": "a", "effect": "no"}]}],
+            {"[0].startup_taints[0].effect": "NoSchedule"},
+        ),
+        ("eks_addons", [{"name": "vpc-cni", "versoin": "v1"}], {"[0].versoin": "did you mean version?"}),
+        ("eks_extra_roles", [{"name": "a", "managed_policy": []}], {"[0].managed_policy": "managed_policies"}),
+        ("eks_pod_identities", [{"namespace": "a", "service_account": "b"}], {"[0].role_arn": "set it"}),
+        (
+            "eks_irsa",
+            [{"namespace": "a", "serviceaccount": "b"}],
+            {"[0].serviceaccount": "service_account", "[0].service_account": "set it"},
+        ),
+        ("gateway_audit_volume", {"size": "5Gi", "access_mode": "RWX"}, {".access_mode": "ReadWriteMany"}),
+        ("gateway_redis_volume", {"storage": "5Gi"}, {".storage": "known keys are access_mode, class, size"}),
+        ("gateway_replicas", {"minimum": 2}, {".minimum": "did you mean min?"}),
+        ("gateway_redis_resources", {"limts": {"cpu": 1}}, {".limts": "did you mean limits?"}),
+        (
+            "gpu_plugin_dcgm_metrics",
+            [{"name": "DCGM_FI_X", "type": "number", "help": ""}],
+            {"[0].type": "counter, gauge"},
+        ),
+        ("gpu_plugin_device_list_strategies", ["cdi"], {"": "envvar, volume-mounts"}),
+        ("kuberay_tolerations", [{"key": "a", "effect": "NoScedule"}], {"[0].effect": "did you mean NoSchedule?"}),
+        ("rayservice_cpu_group", {"cpu": 2}, {".memory": "set it"}),
+        (
+            "rayservice_head",
+            {"cpu": 1, "memory": "4Gi", "tolerations": [{"operator": "exists"}]},
+            {".tolerations[0].operator": "Exists"},
+        ),
+        (
+            "rayservice_ingress",
+            {"min": 1, "max": 2, "target_ongoing_requests": 8, "max_ongoing_requests": 16},
+            {".cpu": "set"},
+        ),
+        (
+            "rayservice_models",
+            [{"id": "a", "source": "b/c", "access": "basic"}],
+            {"[0].access": '["basic"] without quotes'},
+        ),
+        (
+            "rayservice_worker_groups",
+            [{"name": "a", "cpu": 1, "memory": "1Gi", "max_replicas": 3, "ray_resources": {"x": 1}}],
+            {"[0].max_replicas": "did you mean replicas?"},
+        ),
+        ("secrets_extra", [{"name": "a", "stringData": {}}], {"[0].stringData": "", "[0].data": "set it"}),
+        (
+            "storage_buckets",
+            [{"name": "a", "lifecycle": [{"name": "b", "expire": 3}]}],
+            {"[0].lifecycle[0].expire": "did you mean expire_days?"},
+        ),
+    ],
+)
+def test_what_a_structure_does_not_hold_is_found(variable: str, value: Any, found: dict[str, str]) -> None:
+    role = max((role for role in ROLES if variable.startswith(f"{role}_")), key=len)
+    problems = list(check_options({variable: value}, {variable: options_of(role)[variable]}))
+    assert {problem.variable.removeprefix(variable) for problem in problems} == found.keys()
+    for problem in problems:
+        assert found[problem.variable.removeprefix(variable)] in problem.cure, problem
+
+
 def yaml_files() -> list[Path]:
     found = [path for folder in YAML_FOLDERS for path in (PROJECT / folder).rglob("*.yml")]
     found += PROJECT.glob("inventories/*/hosts")
@@ -189,7 +282,7 @@ def test_every_yaml_file_parses() -> None:
         """Knows Ansible's own tags, and refuses a key given twice."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key) for key, _ in node.value]
+            keys = [self.construct_object(key) for key, _ in node.value if not key.tag.endswith(":merge")]
             assert len(keys) == len(set(keys)), f"a key twice {node.start_mark}"
             return super().construct_mapping(node, deep)
 

@@ -87,7 +87,7 @@ def _configuration(values: Values) -> Iterator[Problem]:
     try:
         settings = _settings(values)
         found = rayplane_gateway.gateway_problems(settings)
-        files = {} if found else rayplane_gateway.gateway_files(settings, "rp-" + "a" * 12 + "-" + "A" * 43)
+        files = rayplane_gateway.gateway_files(settings, "rp-" + "a" * 12 + "-" + "A" * 43)
         exposed = rayplane_gateway.gateway_secret_environment(settings["env"])
     except (KeyError, TypeError, AttributeError, ValueError):
         return  # of a wrong type: the argument spec tells
@@ -95,9 +95,11 @@ def _configuration(values: Values) -> Iterator[Problem]:
         reason, _, cure = str(error).partition(": ")
         yield Problem("gateway_keys_file", values.get("gateway_keys_file", ABSENT), reason, cure or "correct it")
         return
+    told = []
     for text in found:
         variable, _, rest = text.partition(": ")
         reason, _, cure = rest.partition("; ")
+        told.append(variable)
         yield Problem(variable, ABSENT, reason, cure)
     for name in exposed:
         yield Problem(
@@ -107,14 +109,13 @@ def _configuration(values: Values) -> Iterator[Problem]:
             "put it into a Secret, and name that in gateway_env_from_secrets",
             warning=True,
         )
-    if files:
-        try:
-            rayplane_gateway.gateway_config_maps(files)
-        except AnsibleFilterError as error:
-            variable, _, rest = str(error).partition(": ")
-            reason, _, cure = rest.partition("; ")
-            yield Problem(variable, ABSENT, reason, cure)
-        yield from _asked(files, settings)
+    try:
+        rayplane_gateway.gateway_config_maps(files)
+    except AnsibleFilterError as error:
+        variable, _, rest = str(error).partition(": ")
+        reason, _, cure = rest.partition("; ")
+        yield Problem(variable, ABSENT, reason, cure)
+    yield from (one for one in _asked(files, settings) if not one.variable.startswith(tuple(told)))
 
 
 def _asked(files: Mapping[str, str], settings: Mapping[str, Any]) -> Iterator[Problem]:

@@ -51,7 +51,6 @@ _KUBELET_LABELS = re.compile(r"(kubelet|node)\.kubernetes\.io/.*|kubernetes\.io/
                              r"|topology\.kubernetes\.io/(region|zone)")  # fmt: skip
 _OWN_DOMAIN = re.compile(r"([a-z0-9.-]+\.)?(kubernetes|k8s)\.io/.*|eks\.amazonaws\.com/.*")
 _LABEL_KEY = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
-_EFFECTS = ("NoSchedule", "NoExecute", "PreferNoSchedule")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?", re.ASCII)
 
 
@@ -190,14 +189,15 @@ def _labels(values: Values) -> Iterator[Problem]:
 
 def _taints(path: str, group: Mapping[str, Any]) -> Iterator[Problem]:
     for where, taint in entries_of({path: group.get("taints")}, path):
-        place, key, effect = where.replace(path, f"{path}.taints"), taint.get("key"), taint.get("effect")
+        key = taint.get("key")
         if isinstance(key, str) and not _LABEL_KEY.fullmatch(key):
             reason = "a taint's key is at most 63 letters, digits and - _ . behind a DNS name with a slash, or alone"
-            yield Problem(f"{place}.key", key, reason, "choose another key, such as example.com/team")
-        if isinstance(effect, str) and effect not in _EFFECTS:
-            alike = [one for one in _EFFECTS if one.lower() == effect.replace("_", "").lower()]
-            cure = f"write {alike[0]}" if alike else f"choose one of {', '.join(_EFFECTS)}"
-            yield Problem(f"{place}.effect", effect, "it is no effect of a taint", cure)
+            yield Problem(
+                f"{where.replace(path, f'{path}.taints')}.key",
+                key,
+                reason,
+                "choose another key, such as example.com/team",
+            )
 
 
 def _label_set(path: str, labels: Any, node: bool | None) -> Iterator[Problem]:

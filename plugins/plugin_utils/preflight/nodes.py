@@ -69,9 +69,12 @@ def autoscaler(values: Values) -> Iterator[Problem]:
             f"use {_QUEUE_NAME} or fewer",
         )
     pools, classes = values.get("autoscaler_node_pools"), values.get("autoscaler_node_classes")
-    if isinstance(pools, list) and isinstance(classes, list):
-        for sentence in rayplane_autoscaler.karpenter_problems(pools, classes):
-            yield _told(sentence, values, "autoscaler_node_pools")
+    try:
+        found = rayplane_autoscaler.karpenter_problems(pools or (), classes or ())
+    except (TypeError, AttributeError):
+        found = []  # a wrong type, which the argument spec tells
+    for sentence in found:
+        yield _told(sentence, values, "autoscaler_node_pools")
     for path, group in entries_of(values, "eks_node_groups"):
         if "NVIDIA" in str(group.get("ami_type", "")) and group.get("max_size"):
             yield Problem(

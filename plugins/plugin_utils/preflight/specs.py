@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,24 @@ REMOVED_VARIABLES: dict[str, tuple[str, str]] = {"eks_public_access_cidrs": ("ek
 ENTRIES_OF_MODULES = {
     "autoscaler_schedules": ("eks_node_group_schedules", "schedules"),
     "eks_access_entries": ("eks_access_entries", "entries"),
+    "eks_addons": ("eks_addons", "addons"),
     "eks_extra_node_groups": ("eks_node_groups", "node_groups"),
+    "eks_extra_roles": ("aws_iam_roles", "roles"),
     "eks_node_groups": ("eks_node_groups", "node_groups"),
+    "eks_pod_identities": ("eks_pod_identities", "associations"),
     "storage_efs_file_systems": ("aws_file_systems", "file_systems"),
+}
+
+#: What Kubernetes takes, in variables of many roles, by their names.
+ENTRIES_OF_KUBERNETES: dict[str, dict[str, Any]] = {
+    r"([a-z_]+_|.*\.)tolerations": {
+        "key": {},
+        "operator": {"choices": ["Exists", "Equal", "Lt", "Gt"]},
+        "value": {},
+        "effect": {"choices": ["NoSchedule", "PreferNoSchedule", "NoExecute", ""]},
+        "tolerationSeconds": {"type": "int"},
+    },
+    r"[a-z_]+_resources": {"requests": {"type": "dict"}, "limits": {"type": "dict"}, "claims": {"type": "list"}},
 }
 
 #: Likeness from which a variable without one of our prefixes is taken for a slip of the pen.
@@ -67,9 +83,9 @@ KINDS: dict[str, tuple[str, str]] = {
 
 @functools.cache
 def entry_options(variable: str) -> Mapping[str, Any]:
-    """What an entry of the list takes, as a spec's ``options``; empty where no module says so."""
+    """What a mapping, or an entry of a list, takes, as a spec's ``options``; empty where its spec alone says that."""
     if variable not in ENTRIES_OF_MODULES:
-        return {}
+        return next((found for name, found in ENTRIES_OF_KUBERNETES.items() if re.fullmatch(name, variable)), {})
     module, option = ENTRIES_OF_MODULES[variable]
     # The text alone: loading the module would load an SDK.
     source = (_MODULES / f"{module}.py").read_text(encoding="utf-8")
@@ -168,8 +184,8 @@ def _value(path: str, value: Any, option: Mapping[str, Any]) -> Iterator[Problem
                 )
     if kind == "list":
         yield from _elements(path, value, option)
-    elif kind == "dict" and option.get("options"):
-        yield from check_options(value, option["options"], path)
+    elif kind == "dict" and (options := option.get("options") or entry_options(path)):
+        yield from check_options(value, options, path)
 
 
 def _elements(path: str, value: Iterable[Any], option: Mapping[str, Any]) -> Iterator[Problem]:
