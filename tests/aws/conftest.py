@@ -262,7 +262,14 @@ def playbook(home: Path, proxy: Proxy) -> Playbook:
 HOSTS = ["ray-llm-dev", "ray-llm-staging", "ray-llm-prod"]
 INVENTORY = ("-i", "inventories/fleet")
 # Upstream's kustomization and the hub are out of reach here.
-PLAN = ("playbooks/deploy.yml", *INVENTORY, "--check", "--diff", "--skip-tags", "kuberay,models,rayservice,verify")
+PLAN = (
+    "playbooks/deploy.yml",
+    *INVENTORY,
+    "--check",
+    "--diff",
+    "--skip-tags",
+    "kuberay,models,rayservice,verify,monitoring",
+)
 #: The stages that need nothing but AWS.
 CLOUD = ("playbooks/deploy.yml", *INVENTORY, "--tags", "encryption,network,storage,eks")
 

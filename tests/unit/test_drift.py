@@ -336,7 +336,7 @@ class Drift:
         (folder / "hosts.yml").write_text(hosts, encoding="utf-8")
         (folder / "made").mkdir()
         for stage in STAGES:
-            for part in ("main", "cloud"):
+            for part in ("main", "cloud", "monitoring"):
                 self.role(stage, NOTHING, part)
         for role in ("drift", "platform"):
             (folder / "roles" / role).symlink_to(PROJECT / "roles" / role)

@@ -91,7 +91,8 @@ def test_the_role_hands_over_settings_that_exist() -> None:
 
 
 def test_the_role_has_one_task_a_stage() -> None:
-    tasks = yaml.safe_load((PROJECT / "roles" / "local_platform" / "tasks" / "main.yml").read_text())
+    folder = PROJECT / "roles" / "local_platform" / "tasks"
+    tasks = [task for part in ("main", "monitoring") for task in yaml.safe_load((folder / f"{part}.yml").read_text())]
     named = [task["rayplane.platform.local_platform"]["stage"] for task in tasks]
     assert named == [stage.name for stage in stages.STAGES]
 

@@ -49,6 +49,7 @@ PAUSE_IMAGE = "registry.k8s.io/pause:3.10.2"
 OPERATOR_IMAGE = f"quay.io/kuberay/operator:v{parts.KUBERAY_VERSION}"
 METRICS_SERVER_IMAGE = f"registry.k8s.io/metrics-server/metrics-server:v{parts.METRICS_SERVER_VERSION}"
 PROVISIONER_IMAGE = f"docker.io/rancher/local-path-provisioner:v{parts.LOCAL_PATH_VERSION}"
+PROMETHEUS_OPERATOR = f"v{parts.PROMETHEUS_OPERATOR_VERSION}"
 BUSYBOX_IMAGE = "docker.io/library/busybox:1.35.0"
 # Where the gateway's Python environment and its code lie in its image.
 GATEWAY_FOLDER = "opt/rayplane/gateway"
@@ -231,6 +232,36 @@ def recipes(settings: Settings) -> list[Recipe]:
     ]
 
 
+def monitoring_recipes() -> list[Recipe]:
+    """The images of what watches the platform."""
+    return [
+        Recipe(
+            f"quay.io/prometheus-operator/prometheus-operator:{PROMETHEUS_OPERATOR}",
+            {"bin/operator": "prometheus-operator"},
+            entrypoint=("/bin/operator",),
+            user="65534:65534",
+        ),
+        Recipe(
+            f"quay.io/prometheus-operator/prometheus-config-reloader:{PROMETHEUS_OPERATOR}",
+            {"bin/prometheus-config-reloader": "prometheus-config-reloader"},
+            entrypoint=("/bin/prometheus-config-reloader",),
+            user="65534:65534",
+        ),
+        Recipe(
+            f"quay.io/prometheus/prometheus:v{parts.PROMETHEUS_VERSION}",
+            {"bin/prometheus": "prometheus", "bin/promtool": "promtool"},
+            entrypoint=("/bin/prometheus",),
+            user="65534:65534",
+        ),
+        Recipe(
+            f"quay.io/prometheus/node-exporter:v{parts.NODE_EXPORTER_VERSION}",
+            {"bin/node_exporter": "node_exporter"},
+            entrypoint=("/bin/node_exporter",),
+            user="65534:65534",
+        ),
+    ]
+
+
 def build(settings: Settings, recipe: Recipe, base: oci.Blob | None) -> oci.Image:
     """Turn a recipe into an image."""
     texts: dict[str, str | bytes] = {} if recipe.on_base else {"etc/passwd": _USERS}
@@ -261,13 +292,14 @@ def stamp(settings: Settings) -> Path:
     return settings.state / "images.json"
 
 
-def missing(settings: Settings) -> list[Recipe]:
-    """The images that containerd does not hold, or holds from other inputs."""
+def missing(settings: Settings, wanted: Sequence[Recipe] = ()) -> list[Recipe]:
+    """Those of the images wanted, or of all that the platform stands on, that containerd does not hold, or holds from
+    other inputs."""
     have = set(run(ctr(settings, "images", "list", "--quiet")).stdout.split())
     keys = read_json(stamp(settings)) or {}
     return [
         recipe
-        for recipe in recipes(settings)
+        for recipe in wanted or recipes(settings)
         if recipe.name not in have or keys.get(recipe.name) != recipe.key(settings)
     ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import packages
 from .errors import PlatformError
-from .keys import content_key, link
+from .keys import KEY_LENGTH, content_key, link
 from .progress import Step
 from .releases import Release, download
 from .settings import TOOLS, Settings
@@ -27,6 +27,9 @@ KUBERAY_VERSION = "1.6.2"
 METRICS_SERVER_VERSION = "0.9.0"
 LOCAL_PATH_VERSION = "0.0.30"
 HELM_VERSION = "3.21.4"
+PROMETHEUS_OPERATOR_VERSION = "0.93.1"
+PROMETHEUS_VERSION = "3.15.1"
+NODE_EXPORTER_VERSION = "1.12.1"
 
 KUBERNETES_PROGRAMS = (
     "kubeadm",
@@ -69,6 +72,7 @@ class Part:
     sources: tuple[str, ...] = field(default=())
     # One module holds all that builds against the same k8s.io: every dependency has one version, and is compiled once.
     module_name: str = "platform"
+    tags: str = ""
 
     @property
     def module(self) -> Path:
@@ -83,6 +87,7 @@ class Part:
             self.flags,
             self.source_module,
             self.sources,
+            *([self.tags] if self.tags else []),
             files=[self.module / "go.mod", self.module / "go.sum", *sorted((self.module / self.name).glob("*.go"))],
         )
 
@@ -145,13 +150,48 @@ ON_DEMAND: tuple[Part, ...] = (
     ),
 )
 
+# Made after the models have answered: they wait for nothing that only watches them.
+MONITORING: tuple[Part, ...] = (
+    Part(
+        name="prometheus-operator",
+        programs={
+            "prometheus-operator": "github.com/prometheus-operator/prometheus-operator/cmd/operator",
+            "prometheus-config-reloader": (
+                "github.com/prometheus-operator/prometheus-operator/cmd/prometheus-config-reloader"
+            ),
+        },
+        source_module="github.com/prometheus-operator/prometheus-operator",
+        sources=("bundle.yaml", "kustomization.yaml"),
+        module_name="monitoring",
+    ),
+    Part(
+        name="prometheus",
+        programs={
+            "prometheus": "github.com/prometheus/prometheus/cmd/prometheus",
+            "promtool": "github.com/prometheus/prometheus/cmd/promtool",
+        },
+        flags=f"-X github.com/prometheus/common/version.Version={PROMETHEUS_VERSION}",
+        module_name="monitoring",
+        # Of all that it can discover, Kubernetes alone: the SDKs of the clouds are most of its size.
+        tags="netgo,remove_all_sd,enable_kubernetes_sd",
+    ),
+    Part(
+        name="node-exporter",
+        programs={"node_exporter": "github.com/prometheus/node_exporter"},
+        flags=f"-X github.com/prometheus/common/version.Version={NODE_EXPORTER_VERSION}",
+        module_name="monitoring",
+    ),
+)
+
+ALL: tuple[Part, ...] = (*PARTS, *ON_DEMAND, *MONITORING)
+
 # Programs that a person or the platform runs on the machine itself; the others only run in images.
 ON_THE_MACHINE = ("kubeadm", "kubelet", "kubectl")
 
 
 def part(name: str) -> Part:
     """The part of that name."""
-    return next(item for item in (*PARTS, *ON_DEMAND) if item.name == name)
+    return next(item for item in ALL if item.name == name)
 
 
 def folder(settings: Settings, item: Part) -> Path | None:
@@ -178,7 +218,7 @@ def ready_folder(settings: Settings, item: Part) -> Path:
 
 def program(settings: Settings, name: str) -> Path:
     """The path of one program."""
-    item = next(item for item in (*PARTS, *ON_DEMAND) if name in item.programs)
+    item = next(item for item in ALL if name in item.programs)
     return ready_folder(settings, item) / "bin" / name
 
 
@@ -204,8 +244,7 @@ def go_environment(settings: Settings, caches: Path | None = None) -> dict[str, 
 def go_needed() -> tuple[int, int, int]:
     """The newest Go version that one of the modules asks for."""
     found = [
-        re.search(r"^go (\d+)\.(\d+)(?:\.(\d+))?$", (item.module / "go.mod").read_text(), re.MULTILINE)
-        for item in (*PARTS, *ON_DEMAND)
+        re.search(r"^go (\d+)\.(\d+)(?:\.(\d+))?$", (item.module / "go.mod").read_text(), re.MULTILINE) for item in ALL
     ]
     return max((int(match[1]), int(match[2]), int(match[3] or 0)) for match in found if match)
 
@@ -232,6 +271,7 @@ def build(settings: Settings, item: Part, go: Path, step: Step, caches: Path | N
     environment = go_environment(settings, caches)
     # No debugging data: the linker would drop it, and making it is a tenth of the compiler's work.
     flags = ["-trimpath", "-gcflags", "all=-dwarf=false", "-ldflags", f"-s -w {item.flags}".strip()]
+    flags += [f"-tags={item.tags}"] if item.tags else []
 
     def note(line: str, count: int) -> str:
         return (
@@ -363,7 +403,13 @@ def take_release(settings: Settings, item: Part, step: Step) -> None:
 def link_programs(settings: Settings) -> list[str]:
     """Point bin/ and sources/ at the current parts; gives the names that changed."""
     changed = [f"bin/{name}" for name in ON_THE_MACHINE if link(settings.bin / name, program(settings, name))]
-    for item in PARTS:
+    return changed + link_sources(settings, PARTS)
+
+
+def link_sources(settings: Settings, items: Iterable[Part]) -> list[str]:
+    """Point sources/ at the current parts; gives the names that changed."""
+    changed = []
+    for item in items:
         if item.sources and link(settings.home / "sources" / item.name, ready_folder(settings, item) / "source"):
             changed += [f"sources/{item.name}"]
     return changed
@@ -372,7 +418,8 @@ def link_programs(settings: Settings) -> list[str]:
 def prune(settings: Settings, items: Iterable[Part] = PARTS) -> None:
     """Remove parts of earlier keys, and what cut-off builds left."""
     for item in items:
-        for pattern in (f"{item.name}-*-build", f"{item.name}-*-release", f".{item.name}-*.new"):
+        key = "?" * KEY_LENGTH  # other parts' names may begin with this one's
+        for pattern in (f"{item.name}-{key}-build", f"{item.name}-{key}-release", f".{item.name}-{key}-*.new"):
             for path in settings.parts.glob(pattern):
                 if path.name.startswith(".") or item.key() not in path.name:
                     shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,22 +94,26 @@ def artefacts_works(settings: Settings, released: set[str]) -> list[Work]:
                 needs=("python serve",) if serve else (),
             )
         )
-    if to_build:
-        go_step: tuple[str, ...] = ()
-        if parts.find_go(settings) is None:
-            works.append(Work("go toolchain", lambda step: packages.fetch_go(settings, step), lane="compute"))
-            go_step = ("go toolchain",)
-        # KubeRay's module shares only Go's own packages with the other, so the two are built beside each other.
-        works += [
-            Work(
-                f"build {part.name}",
-                partial(build, settings, part),
-                lane="compute" if part.module_name == "platform" else "download",
-                needs=go_step,
-            )
-            for part in to_build
-        ]
-    return works
+    return works + build_works(settings, to_build)
+
+
+def build_works(settings: Settings, to_build: Sequence[parts.Part]) -> list[Work]:
+    """The work of building parts, and of fetching Go first where the machine has none."""
+    works: list[Work] = []
+    go_step: tuple[str, ...] = ()
+    if to_build and parts.find_go(settings) is None:
+        works.append(Work("go toolchain", lambda step: packages.fetch_go(settings, step), lane="compute"))
+        go_step = ("go toolchain",)
+    # KubeRay's module shares only Go's own packages with the other, so the two are built beside each other.
+    return works + [
+        Work(
+            f"build {part.name}",
+            partial(build, settings, part),
+            lane="download" if part.module_name == "kuberay" else "compute",
+            needs=go_step,
+        )
+        for part in to_build
+    ]
 
 
 def build(settings: Settings, part: parts.Part, step: Step) -> None:
@@ -211,6 +215,28 @@ def apply_addons(settings: Settings, report: Report) -> Result:
     return Result(pending, one_step("add-ons", lambda step: addons.apply(settings, step), report))
 
 
+def plan_monitoring(settings: Settings) -> list[str]:
+    to_build = [part for part in parts.MONITORING if parts.folder(settings, part) is None]
+    if to_build:
+        return [*(f"build {part.name}" for part in to_build), *(f"image {r.name}" for r in images.monitoring_recipes())]
+    return [f"image {recipe.name}" for recipe in images.missing(settings, images.monitoring_recipes())]
+
+
+def make_monitoring(settings: Settings, report: Report) -> Result:
+    to_build = [part for part in parts.MONITORING if parts.folder(settings, part) is None]
+    times: dict[str, float] = {}
+    if to_build:
+        times = run_graph(build_works(settings, to_build), report)
+        parts.prune(settings, parts.MONITORING)
+        if not settings.keep_build_cache:
+            drop_build_cache(settings)
+    done = [f"build {part.name}" for part in to_build] + parts.link_sources(settings, parts.MONITORING)
+    wanted = images.missing(settings, images.monitoring_recipes())
+    if wanted:
+        times |= one_step("images", lambda step: images.load(settings, wanted, step, report), report)
+    return Result([*done, *(f"image {recipe.name}" for recipe in wanted)], times)
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("check", "this machine can carry the platform", plan_check, check),
     Stage(
@@ -224,6 +250,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("images", "container images", plan_images, load_images),
     Stage("cluster", "Kubernetes", cluster.pending, start_cluster),
     Stage("addons", "StorageClass and metrics", addons.pending, apply_addons),
+    Stage("monitoring", "programs and images of monitoring", plan_monitoring, make_monitoring),
 )
 
 

@@ -84,6 +84,10 @@ def _named(values: Values) -> Iterator[tuple[str, str, Any]]:
         (f"{path}.image", group.get("image"), ray) for path, group in entries_of(values, "rayservice_worker_groups")
     ]
     found.append(("kuberay_image", values.get("kuberay_image"), None))
+    if values.get("monitoring_enabled") is True and values.get("monitoring_stack") == "operator":
+        parts = ["operator", "reloader", "prometheus"]
+        parts += ["node_exporter"] * (values.get("monitoring_node_exporter_enabled") is True)
+        found += [(name := f"monitoring_{part}_image", values.get(name), None) for part in parts]
     if values.get("gateway_enabled") is not False:
         found.append(("gateway_image", values.get("gateway_image"), gateway))
         if values.get("gateway_redis") == "in_cluster":

@@ -45,6 +45,7 @@ _OWN_NAMESPACES = {
     "kuberay_namespace": "kuberay-system",
     "gpu_plugin_namespace": "gpu-system",
     "autoscaler_namespace": "kube-system",
+    "monitoring_namespace": "monitoring",
 }
 #: The kubelet starts with labels of Kubernetes' own domains only where they are on its list.
 _KUBELET_LABELS = re.compile(r"(kubelet|node)\.kubernetes\.io/.*|kubernetes\.io/(arch|hostname|os)"

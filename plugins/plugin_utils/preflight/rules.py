@@ -12,6 +12,7 @@ from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.exposu
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.gateway import gateway
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.images import images
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.memory import gpu_memory, gpu_nodes
+from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.monitoring import monitoring
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.names import derived_names, kubernetes_names
 from ansible_collections.rayplane.platform.plugins.plugin_utils.preflight.nodes import (
     accelerators,
@@ -70,6 +71,7 @@ RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     texts,
     exposure,
     gateway,
+    monitoring,
     images,
 )
 
@@ -83,12 +85,14 @@ def check_declared(values: Values) -> Iterator[Problem]:
 def required_tools(values: Values) -> dict[str, str]:
     """Commands that this cluster's roles call on the controller, and what for."""
     tools: dict[str, str] = {}
-    builder, prober = values.get("kuberay_kubectl"), values.get("verify_kubectl")
-    if isinstance(builder, str):
-        tools[builder] = "it builds KubeRay's kustomization"
-        source = values.get("kuberay_kustomize_source")
-        if isinstance(source, str) and source.startswith(("https://", "http://", "git@", "ssh://")):
-            tools["git"] = "kubectl fetches kuberay_kustomize_source with it"
+    prober = values.get("verify_kubectl")
+    own_stack = values.get("monitoring_enabled") is True and values.get("monitoring_stack") == "operator"
+    for role in ("kuberay", *["monitoring"] * own_stack):
+        builder, source = values.get(f"{role}_kubectl"), values.get(f"{role}_kustomize_source")
+        if isinstance(builder, str):
+            tools.setdefault(builder, f"it builds {role}_kustomize_source")
+            if isinstance(source, str) and source.startswith(("https://", "http://", "git@", "ssh://")):
+                tools.setdefault("git", f"kubectl fetches {role}_kustomize_source with it")
     if isinstance(prober, str) and not values.get("verify_base_url"):
         tools.setdefault(prober, "it forwards a port to the models")
     return {**tools, **node_tools(values)}
