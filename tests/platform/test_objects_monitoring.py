@@ -91,8 +91,10 @@ def test_a_prometheus_that_is_there_is_found(role: Callable[..., Any], kubectl: 
     assert role(monitoring_stack="existing").expect_success().changed == 1
     names = kubectl("-n", "theirs", "get", "podmonitors", "-l", "release=kps", "-o", "name").split()
     assert [name.rpartition("/")[2] for name in names] == [
+        "rayplane-dcgm-exporter",
         "rayplane-gateway",
         "rayplane-kuberay",
+        "rayplane-nvidia-dcgm-exporter",
         "rayplane-ray-head",
         "rayplane-ray-workers",
     ]

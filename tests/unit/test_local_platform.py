@@ -409,13 +409,23 @@ def test_the_holder_of_a_port_is_found() -> None:
 
 
 def test_every_part_has_its_module_and_only_releases_with_a_checksum() -> None:
-    for part in parts.PARTS:
+    for part in parts.ALL:
         assert (part.module / "go.sum").is_file()
         if part.release is not None:
             algorithm, _, value = part.release.checksum.partition(":")
             address = f"https://dl.k8s.io/{part.release.file}.{algorithm}"
             assert value == address or len(value) == {"sha256": 64, "sha512": 128}[algorithm]
             assert set(part.release.members) == set(part.programs)
+
+
+def test_pruning_spares_parts_whose_names_begin_alike(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    current = [settings.parts / f"{part.name}-{part.key()}-build" for part in parts.MONITORING]
+    old = [settings.parts / f"{part.name}-{'0' * keys.KEY_LENGTH}-build" for part in parts.MONITORING]
+    for folder in (*current, *old, settings.parts / f".{current[0].name}.new"):
+        folder.mkdir(parents=True)
+    parts.prune(settings, parts.MONITORING)
+    assert sorted(settings.parts.iterdir()) == sorted(current)
 
 
 def test_everything_but_the_operator_builds_against_one_kubernetes() -> None:
