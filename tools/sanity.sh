@@ -6,6 +6,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 home=${RAYPLANE_HOME:-$HOME/.cache/rayplane}/sanity
 tree=$home/ansible_collections
 mkdir -p "$tree" "$home/.ansible/test/cache"
+# One run at a time: checkouts share the folder.
+exec 9>"$home/lock" && flock 9
 
 # The collection as people install it, beside those that it imports from.
 rm -rf "$home"/*.tar.gz "$tree/rayplane"
