@@ -126,6 +126,54 @@ def test_a_wait_for_a_daemon_set_ends_with_the_reason(server: Server, cluster: C
         ApplySet(cluster, LABELS, "rayplane").wait([target], 0, poll=0.01)
 
 
+@pytest.fixture
+def prometheus(server: Server) -> Json:
+    """An object of an operator, and the StatefulSet that the operator has made of it."""
+    server.kinds["apps/v1"]["StatefulSet"] = ("statefulsets", True)
+    server.kinds["monitoring.coreos.com/v1"] = {"Prometheus": ("prometheuses", True)}
+    live: Json = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "Prometheus",
+        "metadata": {"name": "p", "namespace": "llm", "generation": 2, "uid": "1"},
+        "status": {"conditions": [{"type": "Available", "status": "True", "observedGeneration": 1}]},
+    }
+    made: Json = {
+        "metadata": {"name": "prometheus-p", "namespace": "llm", "ownerReferences": [{"uid": "1"}]},
+        "spec": {"selector": {"matchLabels": {"app": "p"}}},
+        "status": {"updateRevision": "r2"},
+    }
+    server.put("/apis/monitoring.coreos.com/v1/namespaces/llm/prometheuses/p", live)
+    server.put("/apis/apps/v1/namespaces/llm/statefulsets/prometheus-p", made)
+    return live
+
+
+OPERATORS = {"api_version": "monitoring.coreos.com/v1", "kind": "Prometheus", "namespace": "llm", "name": "p"}
+OPERATORS["condition"] = "Available"
+
+
+def test_a_condition_of_an_earlier_generation_is_waited_for(cluster: Cluster, prometheus: Json) -> None:
+    with pytest.raises(ApplyError, match="Prometheus llm/p: Available is of an earlier generation"):
+        work(cluster).wait([OPERATORS], 0)
+    prometheus["status"]["conditions"][0]["observedGeneration"] = 2
+    work(cluster).wait([OPERATORS], 0)
+
+
+def test_a_pod_of_an_operators_that_cannot_start_ends_the_wait(
+    server: Server, cluster: Cluster, prometheus: Json
+) -> None:
+    waits = {"reason": "ErrImagePull", "message": "v0: not found"}
+    pod: Json = {
+        "metadata": {"name": "p-0", "namespace": "llm", "labels": {"app": "p", "controller-revision-hash": "r2"}},
+        "spec": {},
+        "status": {"containerStatuses": [{"name": "c", "image": "i:v0", "state": {"waiting": waits}}]},
+    }
+    server.put("/api/v1/namespaces/llm/pods/p-0", pod)
+    with pytest.raises(
+        ApplyError, match="cannot become ready: Prometheus llm/p: pod p-0: image i:v0 cannot be pulled: v0: not found"
+    ):
+        work(cluster).wait([OPERATORS], 120, poll=0.2)
+
+
 def service(**status: Any) -> Json:
     config = {"applications": [{"name": "a", "route_prefix": "/", "args": {"n": 1}}]}
     return {

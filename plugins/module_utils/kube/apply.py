@@ -34,7 +34,7 @@ from ansible_collections.rayplane.platform.plugins.module_utils.kube.state impor
     Final,
     cannot_start,
     collect_evidence,
-    condition_state,
+    current_condition_state,
     current_pods,
     is_ready,
     pods_problem,
@@ -601,7 +601,7 @@ class ApplySet:
             return "it still exists" + (f" (finalizers: {', '.join(finalizers)})" if finalizers else "")
         check = READY.get(target["kind"])
         if target.get("condition") or check is None:
-            state: str | None = condition_state(live, target.get("condition") or "Ready")
+            state: str | None = current_condition_state(live, target.get("condition") or "Ready")
         else:
             state = check(self.cluster, live)
         if state is not None and not isinstance(state, Final):

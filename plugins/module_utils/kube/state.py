@@ -44,13 +44,22 @@ class Final(str):
 
 
 def condition_state(live: Json, condition: str) -> str | None:
-    """None where the condition holds for the current generation, else what it says."""
+    """None where the condition holds, else what it says."""
     for entry in live.get("status", {}).get("conditions") or []:
         if entry["type"] == condition:
             if entry["status"] == "True":
                 return None
             return f"{condition} is {entry['status']}: {entry.get('reason', '')} {entry.get('message', '')}".rstrip()
     return f"no condition {condition} yet"
+
+
+def current_condition_state(live: Json, condition: str) -> str | None:
+    """None where the condition holds for the current generation (as far as it tells of which it is), else why not."""
+    generation = live["metadata"].get("generation", 0)
+    for entry in live.get("status", {}).get("conditions") or []:
+        if entry["type"] == condition and entry.get("observedGeneration", generation) < generation:
+            return f"{condition} is of an earlier generation: the controller has not seen the change"
+    return condition_state(live, condition)
 
 
 def crd_state(cluster: Cluster, live: Json) -> str | None:
@@ -259,11 +268,24 @@ def current_pods(cluster: Cluster, live: Json) -> list[Json]:
         ]
         labels["pod-template-hash"] = hashes[0] if hashes else None
     else:
-        return []
+        return _pods_of_operator(cluster, meta)
     if not labels or None in labels.values():
         return []
     pods: list[Json] = cluster.list(Resource("v1", "Pod", "pods", True), meta["namespace"], selector_of(labels))
     return pods
+
+
+def _pods_of_operator(cluster: Cluster, meta: Json) -> list[Json]:
+    """The pods of the StatefulSets that an operator has made of its object (a Prometheus, say)."""
+    if not meta.get("namespace"):
+        return []
+    made = cluster.list(Resource("apps/v1", "StatefulSet", "statefulsets", True), meta["namespace"])
+    return [
+        pod
+        for item in made
+        if any(owner["uid"] == meta["uid"] for owner in item["metadata"].get("ownerReferences") or ())
+        for pod in current_pods(cluster, {**item, "kind": "StatefulSet"})
+    ]
 
 
 def selector_of(labels: dict[str, str]) -> str:
