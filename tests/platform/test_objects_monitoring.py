@@ -65,7 +65,7 @@ def role(run: Runner, api: Path, tmp_path: Path) -> Callable[..., Any]:
 
 def test_production_is_accepted(role: Callable[..., Any], kubectl: Kubectl) -> None:
     refused = role("--check")
-    assert refused.returncode != 0 and "Set monitoring_stack to 'existing' to use it as it is" in refused.output
+    assert refused.returncode != 0 and "Set monitoring_stack to 'existing' to use that operator" in refused.output
     accepted = role("--check", monitoring_adopt=True, **PRODUCTION).expect_success()
     for name in ("Prometheus monitoring/rayplane", "PodMonitor monitoring/rayplane-gateway", "DaemonSet monitoring/"):
         assert f"created {name}" in accepted.output
