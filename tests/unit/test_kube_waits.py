@@ -135,12 +135,17 @@ def prometheus(server: Server) -> Json:
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "Prometheus",
         "metadata": {"name": "p", "namespace": "llm", "generation": 2, "uid": "1"},
-        "status": {"conditions": [{"type": "Available", "status": "True", "observedGeneration": 1}]},
+        "status": {
+            "conditions": [
+                {"type": "Available", "status": "True", "observedGeneration": 2},
+                {"type": "Reconciled", "status": "True", "observedGeneration": 1},
+            ]
+        },
     }
     made: Json = {
-        "metadata": {"name": "prometheus-p", "namespace": "llm", "ownerReferences": [{"uid": "1"}]},
+        "metadata": {"name": "prometheus-p", "namespace": "llm", "generation": 2, "ownerReferences": [{"uid": "1"}]},
         "spec": {"selector": {"matchLabels": {"app": "p"}}},
-        "status": {"updateRevision": "r2"},
+        "status": {"observedGeneration": 2, "updateRevision": "r2", "readyReplicas": 1, "updatedReplicas": 0},
     }
     server.put("/apis/monitoring.coreos.com/v1/namespaces/llm/prometheuses/p", live)
     server.put("/apis/apps/v1/namespaces/llm/statefulsets/prometheus-p", made)
@@ -148,19 +153,23 @@ def prometheus(server: Server) -> Json:
 
 
 OPERATORS = {"api_version": "monitoring.coreos.com/v1", "kind": "Prometheus", "namespace": "llm", "name": "p"}
-OPERATORS["condition"] = "Available"
 
 
-def test_a_condition_of_an_earlier_generation_is_waited_for(cluster: Cluster, prometheus: Json) -> None:
-    with pytest.raises(ApplyError, match="Prometheus llm/p: Available is of an earlier generation"):
+def test_an_operators_pods_are_those_of_this_generation(server: Server, cluster: Cluster, prometheus: Json) -> None:
+    with pytest.raises(ApplyError, match="Prometheus llm/p: Reconciled is of an earlier generation"):
         work(cluster).wait([OPERATORS], 0)
-    prometheus["status"]["conditions"][0]["observedGeneration"] = 2
+    prometheus["status"]["conditions"][1]["observedGeneration"] = 2
+    with pytest.raises(ApplyError, match="Prometheus llm/p: 1 of 1 replicas ready, 0 up to date"):
+        work(cluster).wait([OPERATORS], 0)
+    made = server.objects["/apis/apps/v1/namespaces/llm/statefulsets/prometheus-p"]
+    made["status"]["updatedReplicas"] = 1
     work(cluster).wait([OPERATORS], 0)
 
 
 def test_a_pod_of_an_operators_that_cannot_start_ends_the_wait(
     server: Server, cluster: Cluster, prometheus: Json
 ) -> None:
+    prometheus["status"]["conditions"][1]["observedGeneration"] = 2
     waits = {"reason": "ErrImagePull", "message": "v0: not found"}
     pod: Json = {
         "metadata": {"name": "p-0", "namespace": "llm", "labels": {"app": "p", "controller-revision-hash": "r2"}},

@@ -268,24 +268,35 @@ def current_pods(cluster: Cluster, live: Json) -> list[Json]:
         ]
         labels["pod-template-hash"] = hashes[0] if hashes else None
     else:
-        return _pods_of_operator(cluster, meta)
+        return [pod for item in _made_of(cluster, meta) for pod in current_pods(cluster, item)]
     if not labels or None in labels.values():
         return []
     pods: list[Json] = cluster.list(Resource("v1", "Pod", "pods", True), meta["namespace"], selector_of(labels))
     return pods
 
 
-def _pods_of_operator(cluster: Cluster, meta: Json) -> list[Json]:
-    """The pods of the StatefulSets that an operator has made of its object (a Prometheus, say)."""
+def _made_of(cluster: Cluster, meta: Json) -> list[Json]:
+    """The StatefulSets that an operator has made of its object."""
     if not meta.get("namespace"):
         return []
-    made = cluster.list(Resource("apps/v1", "StatefulSet", "statefulsets", True), meta["namespace"])
+    found = cluster.list(Resource("apps/v1", "StatefulSet", "statefulsets", True), meta["namespace"])
     return [
-        pod
-        for item in made
+        {**item, "kind": "StatefulSet"}
+        for item in found
         if any(owner["uid"] == meta["uid"] for owner in item["metadata"].get("ownerReferences") or ())
-        for pod in current_pods(cluster, {**item, "kind": "StatefulSet"})
     ]
+
+
+def prometheus_state(cluster: Cluster, live: Json) -> str | None:
+    """An object of the Prometheus operator is ready when the operator has taken this generation over, and the pods of
+    what it has made of it are this generation's (its own word, Available, counts the pods that were there before)."""
+    return (
+        current_condition_state(live, "Reconciled")
+        or next(
+            (state for item in _made_of(cluster, live["metadata"]) if (state := statefulset_state(cluster, item))), None
+        )
+        or current_condition_state(live, "Available")
+    )
 
 
 def selector_of(labels: dict[str, str]) -> str:
@@ -382,6 +393,7 @@ READY: dict[str, Callable[[Cluster, Json], str | None]] = {
     "DaemonSet": daemonset_state,
     "Deployment": deployment_state,
     "Ingress": balancer_state,
+    "Prometheus": prometheus_state,
     "RayService": rayservice_state,
     "Service": balancer_state,
     "StatefulSet": statefulset_state,
