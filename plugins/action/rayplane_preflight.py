@@ -48,8 +48,6 @@ with contextlib.suppress(ImportError):
 
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-SCOPES = ("declared", "live", "all")
-
 #: Roles of one platform only; every other role serves all of them.
 PLATFORM_ROLES = {
     **dict.fromkeys(("account", "encryption", "network", "storage", "eks", "cost"), "aws"),

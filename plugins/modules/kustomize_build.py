@@ -34,7 +34,7 @@ options:
     description: >-
       Overrides for the kustomization's Deployment: C(image), C(replicas), C(resources), C(env), C(node_selector),
       C(tolerations),
-      C(feature_gates) (name to bool), C(args).
+      C(feature_gates) (name to bool), C(args) (in place of its own), C(extra_args) (beside them).
     type: dict
     default: {}
 author: rayplane contributors (@rayplane)
@@ -117,6 +117,8 @@ def _fit_deployment(spec: Json, wanted: Json) -> None:
     for key in ("image", "resources", "env", "args"):
         if wanted.get(key):
             container[key] = wanted[key]
+    if extra := [arg for arg in wanted.get("extra_args") or () if arg not in (container.get("args") or [])]:
+        container["args"] = [*(container.get("args") or []), *extra]
     if wanted.get("replicas") is not None:
         spec["replicas"] = wanted["replicas"]
     if wanted.get("feature_gates"):

@@ -65,6 +65,13 @@ def test_fit() -> None:
     assert "tolerations" not in pod
 
 
+def test_further_arguments_stand_beside_the_kustomizations_own() -> None:
+    *_, before = fit(operator(), "n", {}, CLUSTER_SCOPED)
+    *_, after = fit(operator(), "n", {"extra_args": ["--enable-metrics", "--verbose"]}, CLUSTER_SCOPED)
+    own, now = (one["spec"]["template"]["spec"]["containers"][0]["args"] for one in (before, after))
+    assert "--verbose" in own and now == [*own, "--enable-metrics"]
+
+
 def test_fit_without_wishes_keeps_upstream() -> None:
     deployment = fit(operator(), "default", {}, CLUSTER_SCOPED)[2]
     assert deployment == operator()[2]
